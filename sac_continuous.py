@@ -142,6 +142,7 @@ def check_args(args: Args) -> None:
                 __import__(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    check_algorithm(args)
 
 
 def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
@@ -235,6 +236,13 @@ class ReplayBuffer:
             self.observations[(row + 1) % self.rows, env],
         )
         return tuple(x.to(device) for x in batch)
+
+
+def check_algorithm(args: Args) -> None:
+    """The part of `check_args` that belongs to this algorithm."""
+    for name in ("policy_lr", "q_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
 
 
 class SoftQNetwork(nn.Module):

@@ -1,0 +1,263 @@
+"""Every equation against something independent: a closed form, quadrature, SciPy, brute-force autograd or a loop."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+
+import mfpo_continuous as mfpo
+import sac_continuous as sac
+
+
+def small_flow(action_dim=2, out_dim=None, seed=0):
+    """A random MeanFlow network in float64, so that comparisons are not limited by rounding."""
+    torch.manual_seed(seed)
+    network = mfpo.MeanFlowNetwork(obs_dim=3, action_dim=action_dim, out_dim=out_dim or action_dim)
+    return network.apply(mfpo.xavier_uniform).double()
+
+
+def test_concat_linear_is_linear_on_the_concatenation():
+    torch.manual_seed(0)
+    layer = mfpo.ConcatLinear((3, 5), 7)
+    x, shared = torch.randn(4, 6, 3), torch.randn(4, 1, 5)
+    whole = torch.nn.functional.linear(torch.cat([x, shared.expand(4, 6, 5)], -1), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x, shared), whole)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_sampler_is_the_loop_in_the_paper(steps):
+    actor, divergence = small_flow(), small_flow(out_dim=1, seed=1)
+    obs, noise = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    with torch.no_grad():
+        action, log_prob = mfpo.sample_flow(actor, divergence, obs, noise, steps)
+        for row in range(4):
+            x = noise[row]
+            expected = scipy.stats.multivariate_normal(np.zeros(2)).logpdf(x)
+            for i in reversed(range(1, steps + 1)):
+                r, t = torch.tensor([(i - 1) / steps]).double(), torch.tensor([i / steps]).double()
+                expected += divergence(obs[row], x, r, t).item() / steps
+                x = x - actor(obs[row], x, r, t) / steps
+            torch.testing.assert_close(action[row], x, rtol=1e-6, atol=1e-6)
+            assert log_prob[row].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_prob_equals_the_change_of_variables_for_a_flow_whose_average_divergence_is_known():
+    """For u = c x, x_0 = x_1 - c x_1 has log-density log N(x_1) - d log(1 - c); -d log(1 - c) is the average of div."""
+    c, d = 0.4, 3
+    noise = torch.randn(5, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    velocity = lambda obs, x, r, t: c * x  # noqa: E731
+    average_divergence = lambda obs, x, r, t: torch.full_like(x[..., :1], -d * math.log(1 - c))  # noqa: E731
+    action, log_prob = mfpo.sample_flow(velocity, average_divergence, None, noise, 1)
+    expected = scipy.stats.norm(scale=1 - c).logpdf(action.numpy()).sum(-1)
+    np.testing.assert_allclose(log_prob.numpy(), expected, rtol=1e-10)
+
+
+def test_average_divergence_network_learns_the_exact_log_prob():
+    """Trained by its own loss on a frozen linear flow, the ADN gives the exact log-density of the sampler.
+
+    The flow from N(0, I) to N(0, s^2 I) has the marginal velocity v = x (t - s^2 (1 - t)) / sigma_t^2 with sigma_t^2 =
+    s^2 (1 - t)^2 + t^2, hence x_r = x_t sigma_r / sigma_t and the average velocity (x_t - x_r) / (t - r).
+    """
+    s, d = 0.5, 2
+    sigma = lambda t: (s**2 * (1 - t) ** 2 + t**2).sqrt()  # noqa: E731
+
+    def flow(obs, x, r, t):
+        instantaneous = x * (t - s**2 * (1 - t)) / sigma(t) ** 2
+        interval = torch.where(t - r > 1e-6, t - r, torch.ones_like(t))
+        return torch.where(t - r > 1e-6, x * (1 - sigma(r) / sigma(t)) / interval, instantaneous)
+
+    torch.manual_seed(0)
+    agent = mfpo.Agent(1, d, mfpo.Args(learning_rate=1e-3), torch.device("cpu"))
+    obs = torch.zeros(256, 1)
+    updates = 1500
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(agent.divergence_optimizer, updates)
+    for _ in range(updates):
+        t, r = mfpo.sample_times(256, 0.75, torch.device("cpu"))
+        x_t = sigma(t) * torch.randn(256, d)
+        velocity, divergence = mfpo.hutchinson_divergence(
+            lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 256, d)
+        )
+        loss = agent.meanflow_loss(agent.divergence, obs, x_t, r, t, velocity, divergence)
+        agent.divergence_optimizer.zero_grad()
+        loss.backward()
+        agent.divergence_optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        action, log_prob = mfpo.sample_flow(flow, agent.divergence, torch.zeros(2000, 1), torch.randn(2000, d), 2)
+    exact = scipy.stats.norm(scale=s).logpdf(action.numpy()).sum(-1)
+    untrained_error = abs(scipy.stats.norm().logpdf(action.numpy() / s).sum(-1) - exact).mean()
+    assert untrained_error > 1.0  # without the divergence term the log-density would be 2 log 2 off
+    assert np.abs(log_prob.numpy() - exact).mean() < 0.05
+
+
+def test_hutchinson_divergence_is_unbiased():
+    actor = small_flow()
+    obs, x = torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    t = torch.full((3, 1), 0.3).double()
+    value, estimate = mfpo.hutchinson_divergence(
+        lambda x: actor(obs, x, t, t), x, torch.randn(4000, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    )
+    for row in range(3):
+        field = lambda y, row=row: actor(obs[row], y, t[row], t[row])  # noqa: E731
+        trace = torch.autograd.functional.jacobian(field, x[row]).trace()
+        assert estimate[row].item() == pytest.approx(trace.item(), abs=0.1)
+    torch.testing.assert_close(value, actor(obs, x, t, t))
+    # Probes at +-sqrt(d) e_i give the trace itself.
+    basis = math.sqrt(2) * torch.eye(2).double()[:, None].expand(2, 3, 2).clone()
+    _, exact = mfpo.hutchinson_divergence(lambda x: actor(obs, x, t, t), x, basis)
+    traces = [
+        torch.autograd.functional.jacobian(lambda y, i=i: actor(obs[i], y, t[i], t[i]), x[i]).trace() for i in range(3)
+    ]
+    torch.testing.assert_close(exact[:, 0], torch.stack(traces))
+
+
+def test_meanflow_target_is_a_finite_difference_along_the_flow():
+    actor = small_flow()
+    obs, x, velocity = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.randn(6, 2).double()
+    r, t = torch.full((6, 1), 0.2).double(), torch.full((6, 1), 0.7).double()
+    network = lambda x, r, t: actor(obs, x, r, t)  # noqa: E731
+    with torch.no_grad():
+        target = mfpo.meanflow_target(network, x, r, t, velocity, velocity)
+        h = 1e-5
+        derivative = (network(x + h * velocity, r, t + h) - network(x - h * velocity, r, t - h)) / (2 * h)
+    torch.testing.assert_close(target, velocity - 0.5 * derivative, rtol=1e-6, atol=1e-7)
+
+
+def test_meanflow_identity_holds_for_a_flow_with_known_average_velocity():
+    """dx/dt = x has x_r = x_t e^(r-t): average velocity x_t (1 - e^(r-t)) / (t - r) is a fixed point of the target."""
+    x = torch.randn(8, 2).double()
+    r, t = torch.full((8, 1), 0.1).double(), torch.full((8, 1), 0.9).double()
+    average = lambda x, r, t: x * (1 - torch.exp(r - t)) / (t - r)  # noqa: E731
+    torch.testing.assert_close(mfpo.meanflow_target(average, x, r, t, x, x), average(x, r, t))
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.7, 0.98])
+@pytest.mark.parametrize("x_t", [-3.0, -0.99, 0.0, 0.5, 1.0, 2.5])
+def test_truncated_normal_against_scipy(t, x_t):
+    mean, std = x_t / (1 - t), t / (1 - t)
+    uniform = torch.linspace(0.001, 0.999, 201, dtype=torch.float64)
+    samples = mfpo.truncated_normal(torch.tensor(mean).double(), torch.tensor(std).double(), uniform).numpy()
+    assert np.isfinite(samples).all() and (np.abs(samples) <= 1).all()
+    if (abs(mean) - 1) / std > 35:  # beyond float64's distribution function: everything at the near face
+        assert (samples == np.sign(mean)).all()
+        return
+    reference = scipy.stats.truncnorm((-1 - mean) / std, (1 - mean) / std, loc=mean, scale=std)
+    expected = reference.ppf(uniform.numpy() if mean >= 0 else 1 - uniform.numpy())  # reflected where mean < 0
+    np.testing.assert_allclose(samples, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_snis_velocity_against_quadrature_in_one_dimension(t):
+    q = lambda a: np.exp(-((a - 0.5) ** 2) / 0.1) + 0.5 * np.exp(-((a + 0.6) ** 2) / 0.05)  # noqa: E731
+    alpha, x_t = 0.3, 0.4
+    density = lambda a: np.exp(q(a) / alpha - (x_t - (1 - t) * a) ** 2 / (2 * t**2))  # noqa: E731
+    z = scipy.integrate.quad(density, -1, 1, limit=200)[0]
+    mean = scipy.integrate.quad(lambda a: a * density(a), -1, 1, limit=200)[0] / z
+    exact = (x_t - mean) / t
+
+    k, generator = 200_000, torch.Generator().manual_seed(0)
+    x, time = torch.tensor([[x_t]]), torch.tensor([[t]])
+    uniform = torch.rand(1, k, 1, dtype=torch.float64, generator=generator)
+    gaussian = mfpo.truncated_normal((x / (1 - time))[:, None], (time / (1 - time))[:, None], uniform)
+    log_weights = torch.from_numpy(q(gaussian[..., 0].numpy())) / alpha
+    v_gaussian, ess = mfpo.snis_velocity(log_weights.float(), x, gaussian, time)
+    assert v_gaussian.item() == pytest.approx(exact, abs=0.01 / t)
+    assert 1 <= ess.item() <= k
+
+    policy = torch.rand(1, k, 1, generator=generator) * 2 - 1  # uniform: log pi = -log 2
+    log_weights = mfpo.policy_log_weights(
+        torch.from_numpy(q(policy[..., 0].numpy())).float(), torch.full((1, k), -math.log(2)), x, policy, time, alpha
+    )
+    v_policy, _ = mfpo.snis_velocity(log_weights, x, policy, time)
+    assert v_policy.item() == pytest.approx(exact, abs=0.01 / t)
+
+
+def test_snis_velocity_against_quadrature_in_two_dimensions():
+    """A non-uniform policy proposal N(0, 0.5^2), so that a wrong sign of log pi shows."""
+    t, alpha, x_t = 0.6, 0.5, np.array([0.2, -0.3])
+    q = lambda a: np.exp(-((a[..., 0] - 0.5) ** 2 + (a[..., 1] + 0.5) ** 2) / 0.2)  # noqa: E731
+    grid = np.linspace(-1, 1, 801)
+    grid = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1)
+    density = np.exp(q(grid) / alpha - ((x_t - (1 - t) * grid) ** 2).sum(-1) / (2 * t**2))
+    exact = (x_t - (grid * density[..., None]).sum((0, 1)) / density.sum()) / t
+
+    k = 400_000
+    noise = torch.randn(1, k, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.5
+    log_prob = torch.from_numpy(scipy.stats.norm(scale=0.5).logpdf(noise.numpy()).sum(-1))
+    x, time = torch.from_numpy(x_t)[None], torch.tensor([[t]]).double()
+    values = torch.from_numpy(np.where((np.abs(noise.numpy()) <= 1).all(-1), q(noise.numpy()), -np.inf))
+    log_weights = mfpo.policy_log_weights(values, log_prob, x, noise, time, alpha)
+    velocity, _ = mfpo.snis_velocity(log_weights, x, noise, time)
+    np.testing.assert_allclose(velocity[0].numpy(), exact, atol=0.01)
+
+
+def test_effective_sample_size_of_equal_and_of_degenerate_weights():
+    x, actions, t = torch.zeros(2, 1), torch.zeros(2, 8, 1), torch.full((2, 1), 0.5)
+    log_weights = torch.stack([torch.zeros(8), torch.tensor([1000.0] + [0.0] * 7)])
+    _, ess = mfpo.snis_velocity(log_weights, x, actions, t)
+    torch.testing.assert_close(ess[:, 0], torch.tensor([8.0, 1.0]))
+
+
+def test_categorical_projection_against_a_loop():
+    rng = np.random.default_rng(0)
+    n, v_min, v_max = 11, -5.0, 5.0
+    probs, atoms = rng.dirichlet(np.ones(n), size=20), rng.uniform(-8, 8, size=(20, n))
+    atoms[0] = np.linspace(v_min, v_max, n)  # exactly on the support: nothing may move
+    projected = mfpo.project_categorical(torch.from_numpy(probs), torch.from_numpy(atoms), v_min, v_max).numpy()
+    expected, support = np.zeros((20, n)), np.linspace(v_min, v_max, n)
+    for row in range(20):
+        for p, z in zip(probs[row], np.clip(atoms[row], v_min, v_max), strict=True):
+            for j in range(n):
+                expected[row, j] += p * max(0.0, 1 - abs(z - support[j]) / (support[1] - support[0]))
+    np.testing.assert_allclose(projected, expected, atol=1e-12)
+    np.testing.assert_allclose(projected.sum(1), 1)
+    np.testing.assert_allclose(projected @ support, (probs * np.clip(atoms, v_min, v_max)).sum(1))
+    np.testing.assert_allclose(projected[0], probs[0], atol=1e-12)
+
+
+def test_time_pairs():
+    torch.manual_seed(0)
+    t, r = mfpo.sample_times(40_000, 0.75, torch.device("cpu"))
+    assert (t >= r).all() and (t == r).float().mean().item() == pytest.approx(0.75, abs=1e-3)
+    logit_normal = torch.sigmoid(torch.tensor(scipy.stats.norm(-0.4, 1).rvs((2, 100_000), random_state=0)))
+    assert t.mean().item() == pytest.approx(logit_normal.amax(0).mean().item(), abs=0.005)
+    assert r[30_000:].mean().item() == pytest.approx(logit_normal.amin(0).mean().item(), abs=0.01)
+
+
+def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
+    torch.manual_seed(0)
+    agent = mfpo.Agent(3, 2, mfpo.Args(), torch.device("cpu"))
+    obs = torch.randn(5, 3)
+    with torch.random.fork_rng(), torch.no_grad():
+        noise = torch.randn(5, 10, 2)
+        candidates, _ = mfpo.sample_flow(agent.actor, agent.divergence, obs[:, None], noise, 2)
+        candidates = candidates.clamp(-1, 1)
+        means = [qf(obs[:, None], candidates).softmax(-1) @ agent.atoms for qf in (agent.qf1_target, agent.qf2_target)]
+        best = torch.minimum(*means).argmax(1)
+    torch.testing.assert_close(agent.eval_actions(obs), candidates[torch.arange(5), best])
+
+
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_squashed_gaussian_against_torch_distributions(scale):
+    torch.manual_seed(0)
+    mean, log_std, noise = (
+        scale * torch.randn(64, 3).double(),
+        -torch.rand(64, 3).double(),
+        torch.randn(64, 3).double(),
+    )
+    action, log_prob = sac.squashed_gaussian(mean, log_std, noise)
+    base = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(
+        base, torch.distributions.transforms.TanhTransform(cache_size=1)
+    )
+    squashed.transforms[0]._cached_x_y = (mean + log_std.exp() * noise, action)
+    torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1))
+
+
+def test_soft_td_target():
+    one = torch.ones(2)
+    target = sac.soft_td_target(one, torch.tensor([0.0, 1.0]), 5 * one, -2 * one, torch.tensor(0.5), 0.9)
+    torch.testing.assert_close(target, torch.tensor([1 + 0.9 * (5 + 0.5 * 2), 1.0]))

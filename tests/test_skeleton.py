@@ -1,0 +1,260 @@
+"""What the scripts share: buffer, evaluation, seeding, command line, files on disk."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mfpo_continuous
+import sac_continuous
+
+ROOT = Path(__file__).parent.parent
+MODULES = {"sac_continuous": sac_continuous, "mfpo_continuous": mfpo_continuous}
+SHORT = ["--total-timesteps", "450", "--learning-starts", "150", "--batch-size", "32", "--log-frequency", "50"]
+
+
+def command_line(script, cwd, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])
+@pytest.mark.parametrize("script", MODULES)
+def test_smoke_save_and_evaluate(script, env_id, tmp_path):
+    flags = ["--env-id", env_id, *SHORT, "--eval-frequency", 225, "--eval-episodes", 2, "--save-model"]
+    if script == "mfpo_continuous":
+        flags += ["--policy-proposals", 4, "--gaussian-proposals", 4]
+    done = command_line(script, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.splitlines()[-1] == f"The run's files are in runs/{run.name}"
+    logged = scalars(run)
+    expected = {"losses/qf1_values", "losses/qf1_loss", "losses/actor_loss", "losses/alpha", "losses/alpha_loss"}
+    expected |= {"charts/SPS", "charts/episodic_return", "charts/episodic_length", "diagnostics/entropy"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    if script == "mfpo_continuous":
+        names = ("ess_policy", "ess_gaussian", "policy_proposal_weight", "clipped_fraction", "edge_mass")
+        expected |= {"losses/divergence_loss", *(f"diagnostics/{name}" for name in names)}
+    assert expected <= logged.keys()
+    assert all(np.isfinite(value) for series in logged.values() for _, value in series)
+    assert [step for step, _ in logged["losses/actor_loss"]] == [200, 250, 300, 350, 400, 450]
+    assert [step for step, _ in logged["eval/episodic_return"]] == [225, 450]
+    loaded = command_line(script, tmp_path, "--evaluate", run / "model.pt", "--eval-episodes", 2)
+    assert loaded.returncode == 0, loaded.stderr
+    assert re.fullmatch(rf"{env_id}: return -?\d+\.\d \+- \d+\.\d over 2 episodes\n", loaded.stdout)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", *SHORT, "--eval-episodes", 2]
+    if script == "mfpo_continuous":
+        flags += ["--policy-proposals", 2, "--gaussian-proposals", 2]
+    series = []
+    for name, frequency in (("a", 200), ("b", 200), ("c", 0)):
+        (tmp_path / name).mkdir()
+        done = command_line(script, tmp_path / name, *flags, "--eval-frequency", frequency)
+        assert done.returncode == 0, done.stderr
+        (run,) = (tmp_path / name / "runs").iterdir()
+        series.append({tag: values for tag, values in scalars(run).items() if tag != "charts/SPS"})
+    assert series[0] == series[1]
+    assert series[2] == {tag: values for tag, values in series[0].items() if not tag.startswith("eval/")}
+
+
+class Counter(gym.Env):
+    """Observation (env number, episode, step); terminates after 3 steps in even episodes, is truncated after 4 in odd."""
+
+    observation_space = gym.spaces.Box(-1e6, 1e6, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, number):
+        self.number, self.episode = number, -1 - number  # the environments are out of phase
+
+    def observation(self):
+        return np.array([self.number, self.episode, self.step_number], np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_number = self.episode + 1, 0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.step_number += 1
+        terminated = self.episode % 2 == 0 and self.step_number == 3
+        truncated = self.episode % 2 == 1 and self.step_number == 4
+        return self.observation(), float(self.step_number), terminated, truncated, {}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("size", [30, 1000])
+def test_buffer_holds_what_a_plain_loop_saw(num_envs, size, monkeypatch):
+    """The training loop's own transitions, past terminations, truncations and the buffer's end, against a loop."""
+    stored = []
+    recorded = sac_continuous.ReplayBuffer.add
+
+    def add(self, *arguments):
+        recorded(self, *arguments)
+        stored.append(self)
+
+    numbers = iter(range(100))
+    wrap = gym.wrappers.RecordEpisodeStatistics
+    monkeypatch.setattr(sac_continuous, "make_env", lambda *a: wrap(Counter(next(numbers))))
+    monkeypatch.setattr(sac_continuous.ReplayBuffer, "add", add)
+    monkeypatch.setattr(sac_continuous, "SummaryWriter", lambda folder: Silent())
+    steps = 60 * num_envs
+    args = sac_continuous.Args(
+        total_timesteps=steps,
+        num_envs=num_envs,
+        buffer_size=size,
+        batch_size=4,
+        learning_starts=steps,
+        eval_frequency=0,
+    )
+    sac_continuous.train(args)
+
+    expected = []
+    for number in range(num_envs):
+        env = Counter(number)
+        obs, _ = env.reset()
+        transitions = []
+        for _ in range(60):
+            next_obs, reward, terminated, truncated, _ = env.step(None)
+            transitions.append((*obs, reward, float(terminated), *next_obs))
+            obs = env.reset()[0] if terminated or truncated else next_obs
+        expected.append(transitions)
+    buffer = stored[-1]
+    kept = len(buffer) // num_envs
+    assert kept == 60 if size == 1000 else 0 < kept <= size // num_envs
+    torch.manual_seed(0)
+    obs, _, rewards, terminations, next_obs = buffer.sample(20_000, torch.device("cpu"))
+    sampled = torch.cat([obs, rewards[:, None], terminations[:, None], next_obs], 1).tolist()
+    wanted = {transition for transitions in expected for transition in transitions[-kept:]}
+    assert set(map(tuple, sampled)) == wanted
+    counts = np.unique(np.array(sampled), axis=0, return_counts=True)[1]
+    assert counts.max() < 2 * counts.min() if len(wanted) < 100 else True  # uniform
+
+
+class Silent:
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def test_a_million_humanoid_transitions_fit_in_1_6_gib():
+    buffer = sac_continuous.ReplayBuffer(1000, 1, 376, 17, torch.device("cpu"))
+    tensors = [value for value in vars(buffer).values() if isinstance(value, torch.Tensor)]
+    assert sum(x.numel() * x.element_size() for x in tensors) / 1000 * 1e6 < 1.6 * 2**30
+
+
+def test_make_env_rescales_actions_flattens_and_casts():
+    env = sac_continuous.make_env("Humanoid-v4")
+    assert env.action_space == gym.spaces.Box(-1, 1, (17,), np.float32)
+    assert env.observation_space.shape == (376,) and env.reset(seed=0)[0].dtype == np.float32
+    env.step(np.ones(17, np.float32))
+    np.testing.assert_allclose(env.unwrapped.data.ctrl, 0.4, rtol=1e-6)  # Humanoid's own bound
+
+    class DictEnv(Counter):
+        observation_space = gym.spaces.Dict(a=Counter.observation_space, b=gym.spaces.Discrete(4))
+
+        def observation(self):
+            return {"a": super().observation(), "b": 2}
+
+    gym.register("DictEnv-v0", lambda: DictEnv(0))
+    obs, _ = sac_continuous.make_env("DictEnv-v0").reset(seed=0)
+    np.testing.assert_array_equal(obs, np.array([0, 0, 0, 0, 0, 1, 0], np.float32))
+
+
+BAD = [
+    (["--env-id", "Hoper-v4"], "did you mean Hopper-v4"),
+    (["--env-id", "no_such_module:Hopper-v4"], "no_such_module"),
+    (["--env-id", "CartPole-v1"], "Discrete"),
+    (["--batch-size", "512", "--buffer-size", "300"], "--batch-size 512 is above --buffer-size 300"),
+    (["--learning-starts", "10"], "--learning-starts 10 is below --batch-size 256"),
+    (["--total-timesteps", "-5"], "--total-timesteps is -5"),
+    (["--num-envs", "0"], "--num-envs is 0"),
+    (["--gamma", "1.5"], "--gamma is 1.5"),
+    (["--tau", "0"], "--tau is 0"),
+    (["--utd-ratio", "nan"], "--utd-ratio is nan"),
+    (["--alpha", "-1"], "--alpha is -1"),
+    (["--eval-frequency", "-1"], "--eval-frequency is -1"),
+    (["--evaluate", "missing.pt"], "--evaluate missing.pt"),
+    (["--no-such-flag"], "--no-such-flag"),
+]
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_bad_input_gets_one_line_and_exit_code_2(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = MODULES[script]
+    for arguments, message in BAD:
+        with pytest.raises(SystemExit) as exit_:
+            module.train(module.tyro.cli(module.Args, args=arguments))
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and message in error, (arguments, error)
+        if arguments != ["--no-such-flag"]:  # tyro draws a box of its own
+            assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_image_and_unbounded_spaces_are_refused(capsys):
+    for name, observation, action, message in (
+        ("Image-v0", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), Counter.action_space, "image"),
+        ("Unbounded-v0", Counter.observation_space, gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), "unbounded"),
+    ):
+        kind = type("Env", (Counter,), {"observation_space": observation, "action_space": action})
+        gym.register(name, lambda kind=kind: kind(0), disable_env_checker=True)
+        with pytest.raises(SystemExit):
+            sac_continuous.make_env(name)
+        assert message in capsys.readouterr().err
+
+
+def test_a_foreign_model_is_refused(tmp_path, capsys):
+    torch.save({"script": "another", "args": {}, "agent": {}}, tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        sac_continuous.train(sac_continuous.Args(evaluate=str(tmp_path / "model.pt")))
+    assert "is no model.pt of sac_continuous.py" in capsys.readouterr().err
+
+
+def source(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def test_what_the_scripts_share_is_byte_identical():
+    shared = ["fail", "check_args", "make_env", "ReplayBuffer", "evaluate", "due", "evaluate_saved", "train"]
+    pieces = {}
+    for script in MODULES:
+        text = source(script)
+        nodes = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        assert [name for name in nodes if name in shared] == shared  # in the same order
+        pieces[script] = {name: ast.get_source_segment(text, nodes[name]) for name in shared}
+        pieces[script]["imports"] = text[text.index("import dataclasses") : text.index("@dataclass\n")]
+        pieces[script]["args"] = text[text.index("class Args") : text.index("    # Algorithm specific arguments")]
+        pieces[script]["main"] = text[text.index("if __name__") :]
+    assert len({str(piece) for piece in pieces.values()}) == 1
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_every_flag_is_used(script):
+    text = source(script)
+    for field in dataclasses.fields(MODULES[script].Args):
+        assert re.search(rf"args\.{field.name}\b|trained\.{field.name}\b", text), field.name
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_inline_metadata_equals_requirements(script):
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert re.findall(r'^#     "(.*)",$', source(script), re.MULTILINE) == requirements
