@@ -177,7 +177,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     if video_folder and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+        env = gym.make(env_id, render_mode="rgb_array") if video_folder else gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"

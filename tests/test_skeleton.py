@@ -77,7 +77,7 @@ def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_pa
 
 
 class Counter(gym.Env):
-    """Observation (env number, episode, step); terminates after 3 steps in even episodes, is truncated after 4 in odd."""
+    """Observation (env number, episode, step); ends after 3 steps in even episodes, is truncated after 4 in odd."""
 
     observation_space = gym.spaces.Box(-1e6, 1e6, (3,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
