@@ -345,19 +345,25 @@ def xavier_uniform(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def sample_flow(actor, divergence, obs: torch.Tensor, noise: torch.Tensor, steps: int):
-    """The T-step MeanFlow sampler and the log-density of what it returns.
+def sample_flow(actor, obs: torch.Tensor, noise: torch.Tensor, steps: int):
+    """The T-step MeanFlow sampler: a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 = noise.
 
-    obs (..., obs_dim) broadcasts against noise (..., d). Returns the action a_0 before clipping (..., d) and
-    log pi(a_0|s) (...), the average divergence network's estimate on the same trajectory.
+    obs (..., obs_dim) broadcasts against noise (..., d). Returns the action a_0 before clipping (..., d) and the
+    trajectory, a list of the (a_t, t - 1/T, t) that `actor` was asked at.
     """
-    x = noise
-    log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(-1)
+    x, trajectory = noise, []
     for i in range(steps, 0, -1):
         t, r = (torch.full((1,), j / steps, device=noise.device) for j in (i, i - 1))
-        log_prob = log_prob + divergence(obs, x, r, t).squeeze(-1) / steps
+        trajectory.append((x, r, t))
         x = x - actor(obs, x, r, t) / steps
-    return x, log_prob
+    return x, trajectory
+
+
+def flow_log_prob(divergence, obs: torch.Tensor, trajectory) -> torch.Tensor:
+    """log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_i delta(s, a_{t_i}, t_i - 1/T, t_i); shape (...)."""
+    noise = trajectory[0][0]
+    log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(-1)
+    return log_prob + sum(divergence(obs, x, r, t).squeeze(-1) for x, r, t in trajectory) / len(trajectory)
 
 
 def sample_times(batch_size: int, data_proportion: float, device: torch.device):
@@ -467,12 +473,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def sample_actions(self, obs: torch.Tensor, candidates: int = 1) -> torch.Tensor:
         """The actions (B, d) for training, or the best of some candidates by the target critics."""
-        steps, x = self.args.sampling_steps, torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
+        noise = torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
         obs = obs[:, None]  # (B, 1, obs_dim)
-        for i in range(steps, 0, -1):
-            t, r = (torch.full((1,), j / steps, device=obs.device) for j in (i, i - 1))
-            x = x - self.actor(obs, x, r, t) / steps
-        actions = x.clamp(-1, 1)  # (B, candidates, d)
+        actions = sample_flow(self.actor, obs, noise, self.args.sampling_steps)[0].clamp(-1, 1)  # (B, candidates, d)
         if candidates == 1:
             return actions[:, 0]
         best = self.q_value(self.qf1_target, self.qf2_target, obs, actions).argmax(1)
@@ -496,7 +499,8 @@ class Agent(nn.Module):
 
         def some_states(obs, t, noise, eps, uniform):
             obs = obs[:, None]  # (B, 1, obs_dim)
-            unclipped, log_prob = sample_flow(self.actor, self.divergence, obs, noise, self.args.sampling_steps)
+            unclipped, trajectory = sample_flow(self.actor, obs, noise, self.args.sampling_steps)
+            log_prob = flow_log_prob(self.divergence, obs, trajectory)  # (B, K1)
             from_policy = unclipped.clamp(-1, 1)  # (B, K1, d)
             x_t = (1 - t) * from_policy[:, 0] + t * eps
             from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
@@ -538,8 +542,8 @@ class Agent(nn.Module):
         # Critics: a' from the current policy; there is no target actor.
         with torch.no_grad():
             noise = torch.randn(batch_size, self.action_dim, device=device)
-            a_next, next_log_prob = sample_flow(self.actor, self.divergence, next_obs, noise, args.sampling_steps)
-            a_next = a_next.clamp(-1, 1)
+            a_next, trajectory = sample_flow(self.actor, next_obs, noise, args.sampling_steps)
+            a_next, next_log_prob = a_next.clamp(-1, 1), flow_log_prob(self.divergence, next_obs, trajectory)
             soft_atoms = self.atoms - (alpha * next_log_prob)[:, None]  # (B, N)
             atoms = rewards[:, None] + args.gamma * (1 - terminations)[:, None] * soft_atoms
             probs1, probs2 = (
@@ -646,10 +650,12 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
     """`--evaluate PATH`: load the weights that `--save-model` wrote and print the return they reach."""
     try:
         saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+        if saved["script"] != Path(__file__).stem:
+            raise ValueError(f"it was written by {saved['script']}.py")
         trained = Args(**saved["args"])
-        assert trained.exp_name == saved["script"] or saved["script"] == Path(__file__).stem
-    except Exception as error:
-        fail(f"--evaluate {args.evaluate} is no model.pt of {Path(__file__).name}: {str(error).splitlines()[:1]}")
+    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--evaluate {args.evaluate} is no model.pt of {Path(__file__).name} ({reason})")
     video_folder = f"{Path(args.evaluate).parent}/videos" if args.capture_video else None
     envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]

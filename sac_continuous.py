@@ -405,10 +405,12 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
     """`--evaluate PATH`: load the weights that `--save-model` wrote and print the return they reach."""
     try:
         saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+        if saved["script"] != Path(__file__).stem:
+            raise ValueError(f"it was written by {saved['script']}.py")
         trained = Args(**saved["args"])
-        assert trained.exp_name == saved["script"] or saved["script"] == Path(__file__).stem
-    except Exception as error:
-        fail(f"--evaluate {args.evaluate} is no model.pt of {Path(__file__).name}: {str(error).splitlines()[:1]}")
+    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--evaluate {args.evaluate} is no model.pt of {Path(__file__).name} ({reason})")
     video_folder = f"{Path(args.evaluate).parent}/videos" if args.capture_video else None
     envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]

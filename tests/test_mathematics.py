@@ -32,7 +32,8 @@ def test_sampler_is_the_loop_in_the_paper(steps):
     actor, divergence = small_flow(), small_flow(out_dim=1, seed=1)
     obs, noise = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     with torch.no_grad():
-        action, log_prob = mfpo.sample_flow(actor, divergence, obs, noise, steps)
+        action, trajectory = mfpo.sample_flow(actor, obs, noise, steps)
+        log_prob = mfpo.flow_log_prob(divergence, obs, trajectory)
         for row in range(4):
             x = noise[row]
             expected = scipy.stats.multivariate_normal(np.zeros(2)).logpdf(x)
@@ -50,7 +51,8 @@ def test_log_prob_equals_the_change_of_variables_for_a_flow_whose_average_diverg
     noise = torch.randn(5, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     velocity = lambda obs, x, r, t: c * x  # noqa: E731
     average_divergence = lambda obs, x, r, t: torch.full_like(x[..., :1], -d * math.log(1 - c))  # noqa: E731
-    action, log_prob = mfpo.sample_flow(velocity, average_divergence, None, noise, 1)
+    action, trajectory = mfpo.sample_flow(velocity, None, noise, 1)
+    log_prob = mfpo.flow_log_prob(average_divergence, None, trajectory)
     expected = scipy.stats.norm(scale=1 - c).logpdf(action.numpy()).sum(-1)
     np.testing.assert_allclose(log_prob.numpy(), expected, rtol=1e-10)
 
@@ -86,7 +88,8 @@ def test_average_divergence_network_learns_the_exact_log_prob():
         agent.divergence_optimizer.step()
         schedule.step()
     with torch.no_grad():
-        action, log_prob = mfpo.sample_flow(flow, agent.divergence, torch.zeros(2000, 1), torch.randn(2000, d), 2)
+        action, trajectory = mfpo.sample_flow(flow, torch.zeros(2000, 1), torch.randn(2000, d), 2)
+        log_prob = mfpo.flow_log_prob(agent.divergence, torch.zeros(2000, 1), trajectory)
     exact = scipy.stats.norm(scale=s).logpdf(action.numpy()).sum(-1)
     untrained_error = abs(scipy.stats.norm().logpdf(action.numpy() / s).sum(-1) - exact).mean()
     assert untrained_error > 1.0  # without the divergence term the log-density would be 2 log 2 off
@@ -233,7 +236,7 @@ def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
     obs = torch.randn(5, 3)
     with torch.random.fork_rng(), torch.no_grad():
         noise = torch.randn(5, 10, 2)
-        candidates, _ = mfpo.sample_flow(agent.actor, agent.divergence, obs[:, None], noise, 2)
+        candidates, _ = mfpo.sample_flow(agent.actor, obs[:, None], noise, 2)
         candidates = candidates.clamp(-1, 1)
         means = [qf(obs[:, None], candidates).softmax(-1) @ agent.atoms for qf in (agent.qf1_target, agent.qf2_target)]
         best = torch.minimum(*means).argmax(1)
