@@ -182,6 +182,13 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
         fail(f"--env-id {env_id} cannot be made ({str(error).splitlines()[0]}); {hint}")
+    if video_folder:
+        try:
+            env.reset(seed=0)
+            env.render()
+        except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(f"--capture-video cannot render {env_id} ({reason})")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
