@@ -35,8 +35,12 @@ import difflib
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
+import zipfile
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +76,10 @@ class Args:
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
     """load this model.pt, print the return of `eval_episodes` episodes and stop"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between two checkpoints, taken where an episode ends; 0: only when the run stops"""
+    resume: str | None = None
+    """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
     """environment steps between two rows of losses and diagnostics"""
 
@@ -135,14 +143,20 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+class EnvError(Exception):
+    """An environment raised, or returned what cannot be trained on."""
+
+
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
     for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency"):
+    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+    if "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name}; it must not contain a /")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma is {args.gamma}; it must be in [0, 1)")
     if not 0 < args.tau <= 1:
@@ -168,27 +182,42 @@ def check_args(args: Args) -> None:
     check_algorithm(args)
 
 
+class CheckedEnv(gym.Wrapper):
+    """Turns an exception, a wrong shape or dtype, or a non-finite number from the environment into an EnvError."""
+
+    def reset(self, **options):
+        return self.checked("reset", self.env.reset, **options)
+
+    def step(self, action):
+        return self.checked("step", self.env.step, action)
+
+    def checked(self, name, function, *arguments, **options):
+        try:
+            obs, *rest = function(*arguments, **options)
+            reward = float(rest[0]) if name == "step" else 0.0
+            obs = np.asarray(obs)
+        except Exception as error:
+            raise EnvError(f"{name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+        shape = self.observation_space.shape
+        if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
+            raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
+        if not (np.isfinite(obs).all() and math.isfinite(reward)):
+            raise EnvError(f"{name} returned the observation {obs.tolist()} and the reward {reward}")
+        return obs, *rest
+
+
 def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     """Make one environment with flat float32 observations and actions in [-1, 1].
 
     With `video_folder` every episode is recorded there. Exits with code 2 when the id is unknown or when the spaces
     are not what a continuous-control algorithm on vectors can use.
     """
-    if video_folder and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
     try:
         env = gym.make(env_id, render_mode="rgb_array") if video_folder else gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
         fail(f"--env-id {env_id} cannot be made ({str(error).splitlines()[0]}); {hint}")
-    if video_folder:
-        try:
-            env.reset(seed=0)
-            env.render()
-        except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            fail(f"--capture-video cannot render {env_id} ({reason})")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
@@ -202,9 +231,22 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     env = gym.wrappers.DtypeObservation(env, np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def check_video(env_id: str) -> None:
+    """Render one frame, so that what `--capture-video` lacks is known before the run."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset(seed=0)
+        env.render()
+        env.close()
+    except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
+        fail(f"--capture-video cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
 class ReplayBuffer:
@@ -215,6 +257,8 @@ class ReplayBuffer:
     the next episode begins in row p + 2, so row p + 1 is no start of a transition. `starts` lists the rows that are.
     """
 
+    RINGS = ("observations", "actions", "rewards", "terminations", "starts")
+
     def __init__(self, size: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
         self.rows = size // num_envs + 1
         self.observations = torch.zeros(self.rows, num_envs, obs_dim, device=device)
@@ -222,15 +266,20 @@ class ReplayBuffer:
         self.rewards = torch.zeros(self.rows, num_envs, device=device)
         self.terminations = torch.zeros(self.rows, num_envs, device=device)
         self.starts = torch.zeros(self.rows, dtype=torch.long, device=device)  # itself a ring, oldest first
-        # Host counters never wrap, so that row % rows and start % rows are the places in the two rings.
-        self.row = self.first_start = self.last_start = 0
-        # The same two on the device: a captured update reads them there, whatever they were at capture.
+        # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
+        self.row = self.last_start = 0
+        self.start_rows = deque()  # the rows in `starts` that are still whole
+        # First and last start on the device: a captured update reads them there, whatever they were at capture.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
-        self.start_row = [0] * self.rows  # host copy of `starts`, to see when the oldest one is overwritten
+
+    @staticmethod
+    def nbytes(size: int, obs_dim: int, action_dim: int) -> int:
+        """Memory in bytes that `size` transitions take."""
+        return size * (4 * (obs_dim + action_dim + 2) + 8)
 
     def __len__(self) -> int:
         """The number of transitions that can be sampled."""
-        return (self.last_start - self.first_start) * self.observations.shape[1]
+        return len(self.start_rows) * self.observations.shape[1]
 
     def add(self, obs, actions, rewards, terminations, next_obs, dones) -> None:
         """Append one transition per environment; arrays have `num_envs` rows, `next_obs` is final where `dones`."""
@@ -241,13 +290,32 @@ class ReplayBuffer:
         self.rewards[here] = torch.from_numpy(rewards)
         self.terminations[here] = torch.from_numpy(terminations)
         self.starts[self.last_start % self.rows] = here
-        self.start_row[self.last_start % self.rows] = self.row
+        self.start_rows.append(self.row)
         self.last_start += 1
-        self.row += 2 if dones.any() else 1
-        # Row `self.row - rows` and older ones are, or will be at the next step, overwritten.
-        while self.start_row[self.first_start % self.rows] <= self.row - self.rows:
-            self.first_start += 1
-        self.span[0], self.span[1] = self.first_start, self.last_start
+        self.skip(2 if dones.any() else 1)
+
+    def skip(self, rows: int) -> None:
+        """Move on by some rows; one more than `add` does by itself separates what is not one episode."""
+        self.row += rows
+        # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
+        while self.start_rows and self.start_rows[0] <= self.row - self.rows:
+            self.start_rows.popleft()
+        self.span[0], self.span[1] = self.last_start - len(self.start_rows), self.last_start
+
+    def state_dict(self) -> dict:
+        """The filled part of the rings, and the counters."""
+        filled = min(self.row + 1, self.rows)
+        rings = {name: getattr(self, name)[:filled].clone() for name in self.RINGS}  # a view would be saved whole
+        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(self.start_rows)}
+        return rings | counters
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` of a buffer of the same size returned."""
+        for name in self.RINGS:
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.row, self.last_start = state["row"], state["last_start"]
+        self.start_rows = deque(state["start_rows"].tolist())
+        self.skip(0)
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Draw transitions uniformly with replacement.
@@ -616,15 +684,15 @@ class Agent(nn.Module):
             metrics["losses/alpha_loss"] = alpha_loss
         return {name: value.detach() for name, value in metrics.items()}
 
-    def warning(self, scalars: dict[str, float], num_updates: int) -> str | None:
+    def warnings(self, scalars: dict[str, float], num_updates: int) -> list[str]:
         """What the user should know of the last logged scalars."""
         # New critics are uniform over the atoms, edges included, so the first updates say nothing.
         if num_updates >= 1000 and scalars["diagnostics/edge_mass"] > 0.01:
-            return (
+            return [
                 f"the critics put more than 1 % of their mass on the edges of [{self.args.v_min}, {self.args.v_max}]; "
                 "widen --v-min/--v-max (see diagnostics/edge_mass)"
-            )
-        return None
+            ]
+        return []
 
 
 def evaluate(agent: Agent, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
@@ -653,20 +721,33 @@ def due(step: int, every: int, stride: int) -> bool:
     return every > 0 and step // every > (step - stride) // every
 
 
-def evaluate_saved(args: Args, device: torch.device) -> None:
-    """`--evaluate PATH`: load the weights that `--save-model` wrote and print the return they reach."""
+def load_file(path: str | Path, flag: str, device: torch.device, **options) -> dict:
+    """Read what this script saved; anything else ends the program with one line. No code in the file is run."""
     try:
-        saved = torch.load(args.evaluate, map_location=device, weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location=device, weights_only=True, **options)
         if saved["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {saved['script']}.py")
-        trained = Args(**saved["args"])
+        unknown = saved["args"].keys() ^ dataclasses.asdict(Args()).keys()
+        if unknown:
+            raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"--evaluate {args.evaluate} is no model.pt of {Path(__file__).name} ({reason})")
+        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({reason})")
+    return saved
+
+
+def evaluate_saved(args: Args, device: torch.device) -> None:
+    """`--evaluate PATH`: load the weights in model.pt or checkpoint.pt and print the return that they reach."""
+    saved = load_file(args.evaluate, "--evaluate", device)
+    trained = Args(**saved["args"])
+    if args.capture_video:
+        check_video(trained.env_id)
     video_folder = f"{Path(args.evaluate).parent}/videos" if args.capture_video else None
     envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
-    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    agent = Agent(obs_dim, action_dim, trained, device)
+    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
     agent.load_state_dict(saved["agent"])
     returns = evaluate(agent, envs, args.seed, device)
     print(f"{trained.env_id}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
@@ -674,34 +755,114 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
         env.close()
 
 
+def save_file(content: dict, path: Path) -> bool:
+    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
+        partial.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
+        return False
+    return True
+
+
+def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
+    """The agent's optimisers by name."""
+    return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
+
+
+def derive_seed(*key: int) -> int:
+    """A seed for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
+    """Seed every random generator and begin new episodes; returns their first observations.
+
+    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are the
+    same bit for bit, whatever generators an environment keeps.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    envs.action_space.seed(seed)
+    return envs.reset(seed=seed)[0]
+
+
+def parse_args(line: list[str] | None = None) -> Args:
+    """The command line; with `--resume`, what it does not name is as in the run that goes on."""
+    args = tyro.cli(Args, args=line)
+    if args.resume is None:
+        return args
+    saved = load_file(Path(args.resume, "checkpoint.pt"), "--resume", torch.device("cpu"), mmap=True)
+    args = tyro.cli(Args, args=line, default=Args(**saved["args"]))
+    for name, before in saved["args"].items():
+        now = getattr(args, name)
+        if now != before and name not in ("resume", "total_timesteps"):
+            fail(f"--{name.replace('_', '-')} {now} contradicts the run's {before}; leave it out or start a new run")
+    if args.total_timesteps < saved["global_step"] + args.num_envs:
+        fail(f"--total-timesteps {args.total_timesteps}: the run already has {saved['global_step']} steps; raise it")
+    return args
+
+
 def train(args: Args) -> None:
-    """Train from scratch; everything that the run writes goes to one folder under runs/."""
+    """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.evaluate:
         return evaluate_saved(args, device)
+    if args.capture_video:
+        check_video(args.env_id)
 
-    env_name = args.env_id.replace("/", "-").replace(":", "-")
-    run_name = f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    while Path("runs", run_name).exists():  # another run of the same second
-        run_name += "x"
-    video_folder = f"runs/{run_name}/videos" if args.capture_video else None
     envs = gym.vector.SyncVectorEnv(
         [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
     )
+    obs = restart(args.seed, envs)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args, device)
+
+    size = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        fits = int(args.buffer_size * memory / size)
+        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
+    on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
+    print(f"The replay buffer takes {size / 2**30:.2f} GiB on the {'GPU' if on_gpu else 'CPU'}")
+    buffer_device = device if on_gpu else torch.device("cpu")
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
+
+    start_step = num_updates = 0
+    if args.resume:
+        run = Path(args.resume)
+        saved = load_file(run / "checkpoint.pt", "--resume", device)
+        try:
+            agent.load_state_dict(saved["agent"])
+            for name, optimizer in optimizers(agent).items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            buffer.load_state_dict(saved["buffer"])
+            start_step, num_updates = saved["global_step"], saved["num_updates"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+        obs = restart(derive_seed(args.seed, start_step, 1), envs)
+    else:
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        run = Path("runs", f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        while True:  # another run of the same second has the name already
+            try:
+                run.mkdir(parents=True)
+                break
+            except FileExistsError:
+                run = run.with_name(run.name + "x")
+
+    video_folder = f"{run}/videos" if args.capture_video else None
     num_eval_envs = args.eval_episodes if args.eval_frequency else 0
     eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(num_eval_envs)]
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    agent = Agent(obs_dim, action_dim, args, device)
-    row_bytes = 4 * (obs_dim + action_dim + 2) + 8
-    fits = device.type == "cpu" or args.buffer_size * row_bytes < 0.8 * torch.cuda.mem_get_info()[0]
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device if fits else torch.device("cpu"))
-
     if args.track:
         import wandb
 
@@ -710,67 +871,130 @@ def train(args: Args) -> None:
             entity=args.wandb_entity,
             sync_tensorboard=True,
             config=vars(args),
-            name=run_name,
+            name=run.name,
+            id=run.name,
+            resume="allow",
             save_code=True,
         )
-    writer = SummaryWriter(f"runs/{run_name}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    writer = SummaryWriter(str(run), purge_step=start_step + 1 if args.resume else None)
+    if not args.resume:
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    threading.excepthook = lambda _: None  # when TensorBoard's thread dies, our next call to it says why
+    warned = set()
 
-    obs, _ = envs.reset(seed=args.seed)
-    envs.action_space.seed(args.seed)
-    num_updates, metrics, warned = 0, None, set()
-    start_time, last_return = time.time(), math.nan
-    progress = tqdm(total=args.total_timesteps, unit="step", mininterval=1.0)
-    for global_step in range(args.num_envs, args.total_timesteps + 1, args.num_envs):
-        if global_step <= args.learning_starts:
-            actions = envs.action_space.sample()
-        else:
-            actions = agent.sample_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+    def warn(message: str) -> None:
+        """Say it once."""
+        if message not in warned:
+            warned.add(message)
+            tqdm.write(f"warning: {message}")
 
-        # The update is launched before the environment steps: on a GPU the two then overlap.
-        while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
-            metrics = agent.update(*buffer.sample(args.batch_size, device))
-            num_updates += 1
-
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        dones = terminations | truncations
-        final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
-        for i in np.flatnonzero(dones):
-            final_obs[i] = infos["final_obs"][i]
-            last_return = float(infos["final_info"]["episode"]["r"][i])
-            writer.add_scalar("charts/episodic_return", last_return, global_step)
-            writer.add_scalar("charts/episodic_length", int(infos["final_info"]["episode"]["l"][i]), global_step)
-        buffer.add(obs, actions, rewards, terminations, final_obs, dones)
-        obs = next_obs
-        progress.update(args.num_envs)
-
-        if metrics and due(global_step, args.log_frequency, args.num_envs):
-            scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the only sync
+    def log(scalars: dict[str, float], step: int) -> None:
+        try:
             for name, value in scalars.items():
-                writer.add_scalar(name, value, global_step)
-            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
-            progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
-            message = agent.warning(scalars, num_updates)
-            if message and message not in warned:
-                warned.add(message)
-                progress.write(f"warning: {message}")
-        if due(global_step, args.eval_frequency, args.num_envs):
-            eval_seed = int(np.random.SeedSequence([args.seed, global_step]).generate_state(1)[0]) >> 1
-            returns = evaluate(agent, eval_envs, eval_seed, device)
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
-            progress.write(f"step {global_step}: evaluation return {returns.mean():.1f} +- {returns.std():.1f}")
-    progress.close()
+                writer.add_scalar(name, value, step)
+            writer.flush()
+        except OSError as error:  # a full disk, mostly; it costs the curves and not the run
+            warn(f"TensorBoard cannot write ({error}); its rows are missing until the run is resumed")
 
-    if args.save_model:
-        saved = {"script": Path(__file__).stem, "args": dataclasses.asdict(args), "agent": agent.state_dict()}
-        torch.save(saved, f"runs/{run_name}/model.pt")
+    signals = []  # Ctrl-C and SIGTERM end the loop after the step at hand, with a checkpoint
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        tqdm.write("stopping with a checkpoint; once more to stop at once")
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    metrics, batch, saved_step, ending = None, None, start_step, None
+    safe_step = start_step if args.resume else None  # of the checkpoint on the disk
+    start_time, last_return = time.time(), math.nan
+    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0)
+    last_step = args.total_timesteps - args.total_timesteps % args.num_envs
+    try:
+        for global_step in range(start_step + args.num_envs, last_step + 1, args.num_envs):
+            if global_step <= args.learning_starts:
+                actions = envs.action_space.sample()
+            else:
+                actions = agent.sample_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+
+            # The update is launched before the environment steps: on a GPU the two then overlap.
+            while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
+                batch = buffer.sample(args.batch_size, device)
+                metrics = agent.update(*batch)
+                num_updates += 1
+
+            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+            dones = terminations | truncations
+            final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
+            for i in np.flatnonzero(dones):
+                final_obs[i] = infos["final_obs"][i]
+                episode = {name: infos["final_info"]["episode"][name][i] for name in "rl"}
+                last_return = episode["r"]
+                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"]}, global_step)
+            buffer.add(obs, actions, rewards, terminations, final_obs, dones)
+            obs = next_obs
+            progress.update(args.num_envs)
+
+            # A checkpoint that is due waits for an episode's end, but not for ever.
+            since, every = global_step - saved_step, args.checkpoint_frequency
+            save_now = 0 < every <= since and (dones.any() or args.num_envs > 1 or since >= 2 * every)
+            save_now |= global_step == last_step or len(signals) > 0
+            log_now = due(global_step, args.log_frequency, args.num_envs)
+            if metrics and (log_now or save_now or device.type == "cpu"):
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the only sync
+                for name, value in scalars.items():
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"{name} is {value}")
+            if metrics and log_now:
+                sps = (global_step - start_step) / (time.time() - start_time)
+                log(scalars | {"charts/SPS": sps}, global_step)
+                progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
+                for message in agent.warnings(scalars, num_updates):
+                    warn(message)
+            if due(global_step, args.eval_frequency, args.num_envs):
+                returns = evaluate(agent, eval_envs, derive_seed(args.seed, global_step, 0), device)
+                mean, std = returns.mean(), returns.std()
+                log({"eval/episodic_return": mean, "eval/episodic_return_std": std}, global_step)
+                tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
+            if save_now:
+                buffer.skip(1)
+                saved = {
+                    "script": Path(__file__).stem,
+                    "args": vars(args) | {"resume": None},
+                    "global_step": global_step,
+                    "num_updates": num_updates,
+                    "agent": agent.state_dict(),
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers(agent).items()},
+                    "buffer": buffer.state_dict(),
+                }
+                if save_file(saved, run / "checkpoint.pt"):
+                    safe_step = global_step
+                saved_step = global_step
+                obs = restart(derive_seed(args.seed, global_step, 1), envs)
+            if signals:
+                ending = f"stopped at step {global_step}"
+                break
+    except (EnvError, FloatingPointError) as error:
+        evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
+        save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")
+        ending = f"error: {error}, at step {global_step} (seed {args.seed}); what led there is in {run}/fault.pt"
+    progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for env in (envs, *eval_envs):
         env.close()
-    writer.close()
-    print(f"The run's files are in runs/{run_name}")
+    if ending:
+        again = f"python {Path(__file__).name} --resume {run}"
+        print(f"{ending}; " + ("there is no checkpoint" if safe_step is None else f"from step {safe_step}: {again}"))
+        sys.exit(128 + signals[0] if signals else 1)
+    if args.save_model:
+        save_file({name: saved[name] for name in ("script", "args", "agent")}, run / "model.pt")
+    print(f"The run's files are in {run}")
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    try:
+        train(parse_args())
+    except EnvError as error:  # before the run, or with --evaluate
+        fail(f"the environment cannot be used: {error}")

@@ -1,0 +1,367 @@
+"""Runs that survive: kills, resume, stops, faulty environments, bad numbers, full disks, bad files and bad flags."""
+
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faulty import FAULTS
+from tests.test_skeleton import ROOT, SCRIPTS, command_line, scalars
+
+SMALL = "--batch-size 8 --learning-starts 40 --log-frequency 7 --eval-frequency 110 --eval-episodes 1"
+SMALL_MFPO = "--policy-proposals 2 --gaussian-proposals 2"
+
+
+def flags(script, env_id="Walk-v0", steps=400, every=40, *more):
+    """A short run whose checkpoints fall on the ends of the 20-step episodes."""
+    small = SMALL.split() + (SMALL_MFPO.split() if script == "mfpo_continuous" else [])
+    every = ["--checkpoint-frequency", str(every)]
+    return ["--env-id", f"tests.faulty:{env_id}", "--total-timesteps", str(steps), *every, *small, *more]
+
+
+def run_here(script, folder, line):
+    """Train in this process, in `folder`."""
+    module = importlib.import_module(script)
+    os.chdir(folder)
+    module.train(module.parse_args(line))
+
+
+def start(script, folder, line):
+    """Train in a process that another one, with everything already imported, forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faulty", *SCRIPTS])
+    process = context.Process(target=run_here, args=(script, str(folder), line))
+    process.start()
+    return process
+
+
+def only_run(folder):
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def assert_equal_runs(first, second):
+    """Same weights, optimisers and buffer to the bit, and the same TensorBoard rows, each once."""
+    a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (first, second))
+
+    def compare(x, y, where):
+        assert type(x) is type(y), where
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                compare(x[key], y[key], f"{where}.{key}")
+        elif isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), where
+        elif isinstance(x, list):
+            assert len(x) == len(y), where
+            for i, pair in enumerate(zip(x, y, strict=True)):
+                compare(*pair, f"{where}[{i}]")
+        else:
+            assert x == y, where
+
+    compare(a, b, "checkpoint")
+    first_rows, second_rows = scalars(first), scalars(second)
+    first_rows.pop("charts/SPS"), second_rows.pop("charts/SPS")
+    assert first_rows == second_rows
+    for rows in first_rows.values():
+        assert len({step for step, _ in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_killed_20_times_is_the_run_that_was_never_killed(script, tmp_path):
+    """Kill -9 at random moments, every third one while a checkpoint is being written; then resume and compare."""
+    line = [*flags(script, steps=1200, every=20), "--utd-ratio", "0.25"]
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    undisturbed.mkdir(), disturbed.mkdir()
+    process = start(script, undisturbed, line)
+    random.seed(script)
+    in_writing = kills = 0
+    while kills < 20:
+        resumed = (disturbed / "runs").exists()
+        again = ["--resume", f"runs/{only_run(disturbed).name}"] if resumed else line
+        victim = start(script, disturbed, again)
+        while not (disturbed / "runs").exists():
+            time.sleep(0.001)
+        checkpoint, partial = only_run(disturbed) / "checkpoint.pt", only_run(disturbed) / "checkpoint.tmp"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:  # at least one step forward
+            assert victim.is_alive()
+            time.sleep(0.0005)
+        if kills % 3 == 0:
+            while not partial.exists():
+                assert victim.is_alive()
+        else:
+            time.sleep(random.uniform(0, 0.2))
+        in_writing += partial.exists()
+        victim.kill()
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
+        kills += 1
+    assert in_writing >= 5
+    last = start(script, disturbed, ["--resume", f"runs/{only_run(disturbed).name}"])
+    last.join()
+    process.join()
+    assert last.exitcode == process.exitcode == 0
+    assert_equal_runs(only_run(undisturbed), only_run(disturbed))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(script, number, tmp_path):
+    line = [sys.executable, str(ROOT / f"{script}.py"), *flags(script, "Stall-v0")]
+    running = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while running.stdout.readline().strip() != "stalling":
+        assert running.poll() is None
+    running.send_signal(number)
+    out, err = running.communicate()
+    assert running.returncode == 128 + number and "Traceback" not in err
+    again = f"python {script}.py --resume runs/{only_run(tmp_path).name}"
+    assert out.splitlines()[-1] == f"stopped at step 130; from step 130: {again}"
+    done = command_line(script, tmp_path, *again.split()[2:], "--total-timesteps", "140")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 140
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags("sac_continuous", "Stall-v0")]
+    running = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while running.stdout.readline().strip() != "stalling":
+        assert running.poll() is None
+    before = time.time()
+    running.send_signal(signal.SIGINT)
+    while "once more" not in running.stdout.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    assert running.wait() == -signal.SIGINT and time.time() - before < 8  # the stall takes 10
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 120
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_environment_stops_the_run_with_one_line(script, fault, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    line = flags(script, fault)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.parse_args(line))
+    run = only_run(tmp_path)
+    step, safe = (80, 80) if fault == "RaiseInReset-v0" else (130, 120)  # the reset of the seventh is a checkpoint's
+    error = capsys.readouterr().out.splitlines()[-1]
+    assert stop.value.code == 1
+    assert error.startswith(f"error: {FAULTS[fault]}") and f"at step {step} (seed 1)" in error
+    assert f"from step {safe}: python {script}.py --resume runs/{run.name}" in error
+    evidence = torch.load(run / "fault.pt", weights_only=True)
+    assert evidence["global_step"] == step and evidence["obs"].shape == evidence["actions"].shape == (1, 3)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] == safe
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_non_finite_loss_stops_the_run_before_it_trains_on(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    update, updates = module.Agent.update, []
+
+    def poisoned(self, *batch):
+        updates.append(0)
+        if len(updates) == 50:
+            with torch.no_grad():
+                next(self.qf1.parameters()).fill_(float("nan"))
+        return update(self, *batch)
+
+    monkeypatch.setattr(module.Agent, "update", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.parse_args(flags(script)))
+    assert stop.value.code == 1 and len(updates) == 50
+    assert "error: losses/qf1_values is nan, at step 90 (seed 1)" in capsys.readouterr().out
+    saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 80 and all(x.isfinite().all() for x in saved["agent"].values())
+    assert len(torch.load(only_run(tmp_path) / "fault.pt", weights_only=True)["batch"]) == 5
+
+
+def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
+    """A limit on the size of files stands for the disk: the buffer's growth passes it, and TensorBoard's file too."""
+    line = flags("sac_continuous", "Walk-v0", 2000, 20)
+    free = command_line("sac_continuous", tmp_path, *line[:2], "--total-timesteps", "60", *line[4:])
+    assert free.returncode == 0
+    size = (only_run(tmp_path) / "checkpoint.pt").stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, size + 20_000))
+
+    (tmp_path / "full").mkdir()
+    line = [sys.executable, str(ROOT / "sac_continuous.py"), *line]
+    done = subprocess.run(line, cwd=tmp_path / "full", preexec_fn=limit, capture_output=True, text=True)
+    run = only_run(tmp_path / "full")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert f"warning: runs/{run.name}/checkpoint.pt was not written" in done.stdout
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert 60 < saved["global_step"] < 2000 and not (run / "checkpoint.tmp").exists()
+
+
+def test_a_dead_tensorboard_writer_is_reported_once(tmp_path, monkeypatch, capsys):
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def no_space(self, name, value, step):
+        calls.append(step)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.SummaryWriter, "add_scalar", no_space)
+    module.train(module.parse_args(flags("sac_continuous", steps=200)))
+    out = capsys.readouterr().out
+    assert len(calls) > 10 and out.count("warning: TensorBoard cannot write ([Errno 28] No space left") == 1
+
+
+class Malice:
+    def __reduce__(self):
+        return (os.mkdir, ("harm",))
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    module.train(module.parse_args(flags("sac_continuous", steps=100)))
+    path = only_run(tmp_path) / "checkpoint.pt"
+    good = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    middle = len(good) // 2
+
+    def written(content):
+        torch.save(content, path)
+        return path.read_bytes()
+
+    bad = {
+        "truncated": good[:middle],
+        "empty": b"",
+        "corrupted": good[:middle] + bytes(x ^ 255 for x in good[middle : middle + 64]) + good[middle + 64 :],
+        "text": b"hello",
+        "pickle": written({"script": Malice(), "args": {}}),
+        "foreign": written({"model": torch.zeros(3)}),
+        "list": written([1, 2]),
+        "other script": written(saved | {"script": "mfpo_continuous"}),
+        "other version": written(saved | {"args": saved["args"] | {"new_flag": 1}}),
+        "other network": written(saved | {"agent": {"a": torch.zeros(3)}}),
+        "no buffer": written({name: value for name, value in saved.items() if name != "buffer"}),
+    }
+    capsys.readouterr()
+    for name, content in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.parse_args(["--resume", str(path.parent), "--total-timesteps", "200"]))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and str(path) in error, (name, error)
+    assert not Path("harm").exists()
+    path.write_bytes(good)
+    module.train(module.parse_args(["--resume", str(path.parent), "--total-timesteps", "200"]))
+
+
+def test_what_contradicts_a_checkpoint_is_named_with_both_values(tmp_path, monkeypatch, capsys):
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    module.train(module.parse_args(flags("sac_continuous", steps=100)))
+    run = str(only_run(tmp_path))
+    for more, message in (
+        (["--seed", "2"], "--seed 2 contradicts the run's 1"),
+        (["--env-id", "Hopper-v4"], "--env-id Hopper-v4 contradicts the run's tests.faulty:Walk-v0"),
+        (["--no-autotune"], "--autotune False contradicts the run's True"),
+        (["--total-timesteps", "100"], "--total-timesteps 100: the run already has 100 steps"),
+        ([], "--total-timesteps 100: the run already has 100 steps"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.parse_args(["--resume", run, *more]))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_runs_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0 + time.perf_counter() % 0.5)
+    for _ in range(3):
+        module.train(module.parse_args(flags("sac_continuous", steps=60)))
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+BAD_LINES = """
+--env-id Hoper-v4 | did you mean Hopper-v4
+--env-id no_such_module:Hopper-v4 | no_such_module
+--env-id CartPole-v1 | Discrete
+--env-id FrozenLake-v1 | Discrete
+--env-id Hopper-v99 | Hopper-v99
+--env-id Hopper-v2 | Hopper-v2
+--env-id = | --env-id = cannot be made
+--total-timesteps 0 | --total-timesteps is 0
+--total-timesteps -5 | --total-timesteps is -5
+--total-timesteps 1.5 | Error parsing --total-timesteps
+--total-timesteps 2 --num-envs 3 | --total-timesteps 2 is below --num-envs 3
+--num-envs 0 | --num-envs is 0
+--num-envs two | Error parsing --num-envs
+--buffer-size 0 | --buffer-size is 0
+--buffer-size -1 | --buffer-size is -1
+--buffer-size 1000000000000 | would fit
+--buffer-size 300 --num-envs 200 | --buffer-size 300 is too small for --num-envs 200
+--batch-size 512 --buffer-size 300 | --batch-size 512 is above --buffer-size 300
+--batch-size 0 | --batch-size is 0
+--learning-starts 10 | --learning-starts 10 is below --batch-size 256
+--learning-starts -1 | --learning-starts is -1
+--gamma 1.5 | --gamma is 1.5
+--gamma 1 | --gamma is 1.0
+--gamma -0.1 | --gamma is -0.1
+--gamma nan | --gamma is nan
+--gamma high | Error parsing --gamma
+--tau 0 | --tau is 0
+--tau 2 | --tau is 2
+--tau nan | --tau is nan
+--utd-ratio 0 | --utd-ratio is 0
+--utd-ratio nan | --utd-ratio is nan
+--utd-ratio inf | --utd-ratio is inf
+--alpha -1 | --alpha is -1
+--alpha 0 | --alpha is 0
+--alpha inf | --alpha is inf
+--seed -1 | --seed is -1
+--seed | Missing value
+--seed x | Error parsing --seed
+--eval-frequency -1 | --eval-frequency is -1
+--eval-episodes 0 | --eval-episodes is 0
+--log-frequency 0 | --log-frequency is 0
+--checkpoint-frequency -1 | --checkpoint-frequency is -1
+--evaluate missing.pt | --evaluate: missing.pt
+--evaluate . | --evaluate: .
+--resume missing | --resume: missing/checkpoint.pt
+--resume . | --resume: checkpoint.pt
+--track | wandb
+--no-such-flag | --no-such-flag
+extra | extra
+--sed 3 | Perhaps you meant
+--exp-name a/b | --exp-name is a/b
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    module = importlib.import_module(script)
+    cases = [line.rsplit(" | ", 1) for line in BAD_LINES.strip().splitlines()]
+    assert len(cases) >= 40
+    for line, message in cases:
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.parse_args(line.split()))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and "Traceback" not in error, (line, error)
+        reported_by_tyro = "For full helptext" in error  # in a box of a few lines, with the flags that come near
+        assert error.count("\n") == 1 or reported_by_tyro, (line, error)
+    assert list(tmp_path.iterdir()) == []
