@@ -837,7 +837,7 @@ def train(args: Args) -> None:
     buffer_device = device if on_gpu else torch.device("cpu")
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
 
-    start_step = num_updates = 0
+    start_step, num_updates, metrics = 0, 0, None
     if args.resume:
         run = Path(args.resume)
         saved = load_file(run / "checkpoint.pt", "--resume", device)
@@ -846,7 +846,7 @@ def train(args: Args) -> None:
             for name, optimizer in optimizers(agent).items():
                 optimizer.load_state_dict(saved["optimizers"][name])
             buffer.load_state_dict(saved["buffer"])
-            start_step, num_updates = saved["global_step"], saved["num_updates"]
+            start_step, num_updates, metrics = saved["global_step"], saved["num_updates"], saved["metrics"]
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
@@ -906,7 +906,7 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    metrics, batch, saved_step, ending = None, None, start_step, None
+    batch, saved_step, ending = None, start_step, None
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
     start_time, last_return = time.time(), math.nan
     progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0)
@@ -964,6 +964,7 @@ def train(args: Args) -> None:
                     "args": vars(args) | {"resume": None},
                     "global_step": global_step,
                     "num_updates": num_updates,
+                    "metrics": metrics,
                     "agent": agent.state_dict(),
                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers(agent).items()},
                     "buffer": buffer.state_dict(),
