@@ -43,6 +43,7 @@ import zipfile
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -82,6 +83,8 @@ class Args:
     """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
     """environment steps between two rows of losses and diagnostics"""
+    diagnostics_frequency: int = 1_000
+    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
 
     env_id: str = "Hopper-v4"
     """a Gymnasium id, or `module:id` to import the module that registers it"""
@@ -111,6 +114,13 @@ class Args:
     """Adam's learning rate for every network and the temperature (paper)"""
     sampling_steps: int = 2
     """T, the sampler's steps from noise to action (paper)"""
+    meanflow: bool = True
+    """learn average velocities; otherwise plain flow matching: r = t in training and sampler (paper's ablation)"""
+    likelihood: Literal["adn", "exact", "none"] = "adn"
+    """log pi by the average divergence network (paper), by the sampler's exact change of variables (d forward-mode
+    products), or left out everywhere, which needs --no-autotune (paper's ablation)"""
+    proposals: Literal["both", "policy", "gaussian"] = "both"
+    """which proposals estimate the velocity (paper: both, the others are its ablations)"""
     policy_proposals: int = 16
     """K1, actions of the policy per state in the velocity estimate (paper)"""
     gaussian_proposals: int = 32
@@ -118,7 +128,7 @@ class Args:
     divergence_probes: int = 2
     """N, normal probes of the Skilling-Hutchinson divergence estimate (paper)"""
     data_proportion: float = 0.75
-    """share of the batch trained at r = t, that is on the instantaneous velocity; 1 is plain flow matching (paper)"""
+    """share of the batch trained at r = t, that is on the instantaneous velocity (paper)"""
     clipped_double_q: bool = True
     """use the critic with the smaller mean; otherwise average the two (paper: off on HalfCheetah)"""
     num_atoms: int = 101
@@ -152,7 +162,7 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency"):
+    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
     if "/" in args.exp_name:
@@ -344,8 +354,12 @@ def check_algorithm(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if not 0 < args.learning_rate < math.inf:
         fail(f"--learning-rate is {args.learning_rate}; it must be positive and finite")
-    if not 0 <= args.data_proportion <= 1:
-        fail(f"--data-proportion is {args.data_proportion}; it must be in [0, 1]")
+    if not 0 <= args.data_proportion < 1:
+        fail(
+            f"--data-proportion is {args.data_proportion}; it must be in [0, 1); for plain flow matching: --no-meanflow"
+        )
+    if args.likelihood == "none" and args.autotune:
+        fail("--likelihood none has no entropy to tune the temperature by; add --no-autotune and choose --alpha")
     if args.num_atoms < 2:
         fail(f"--num-atoms is {args.num_atoms}; it must be at least 2")
     if not -math.inf < args.v_min < args.v_max < math.inf:
@@ -420,25 +434,40 @@ def xavier_uniform(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def sample_flow(actor, obs: torch.Tensor, noise: torch.Tensor, steps: int):
+def sample_flow(actor, obs: torch.Tensor, noise: torch.Tensor, steps: int, meanflow: bool = True):
     """The T-step MeanFlow sampler: a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 = noise.
 
-    obs (..., obs_dim) broadcasts against noise (..., d). Returns the action a_0 before clipping (..., d) and the
-    trajectory, a list of the (a_t, t - 1/T, t) that `actor` was asked at.
+    Without `meanflow`, Euler's method on the instantaneous velocity u(s, a_t, t, t). obs (..., obs_dim) broadcasts
+    against noise (..., d). Returns the action a_0 before clipping (..., d) and the trajectory, a list of the
+    (a_t, r, t) that `actor` was asked at.
     """
     x, trajectory = noise, []
     for i in range(steps, 0, -1):
         t, r = (torch.full((1,), j / steps, device=noise.device) for j in (i, i - 1))
-        trajectory.append((x, r, t))
-        x = x - actor(obs, x, r, t) / steps
+        trajectory.append((x, r if meanflow else t, t))
+        x = x - actor(obs, *trajectory[-1]) / steps
     return x, trajectory
+
+
+def standard_normal_log_prob(x: torch.Tensor) -> torch.Tensor:
+    """log N(x; 0, I) of x (..., d)."""
+    return -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
 
 
 def flow_log_prob(divergence, obs: torch.Tensor, trajectory) -> torch.Tensor:
     """log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_i delta(s, a_{t_i}, t_i - 1/T, t_i); shape (...)."""
-    noise = trajectory[0][0]
-    log_prob = -0.5 * (noise**2 + math.log(2 * math.pi)).sum(-1)
+    log_prob = standard_normal_log_prob(trajectory[0][0])
     return log_prob + sum(divergence(obs, x, r, t).squeeze(-1) for x, r, t in trajectory) / len(trajectory)
+
+
+def exact_log_prob(sampler, noise: torch.Tensor) -> torch.Tensor:
+    """log pi(a_0|s) = log N(a_1; 0, I) - log |det d a_0 / d a_1| of the map `sampler` from noise (..., d) to actions.
+
+    The change of variables of the T-step map itself: d forward-mode products and a determinant per row; shape (...).
+    """
+    basis = torch.eye(noise.shape[-1], device=noise.device)
+    columns = [torch.func.jvp(sampler, (noise,), (e.repeat(*noise.shape[:-1], 1),))[1] for e in basis]
+    return standard_normal_log_prob(noise) - torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
 
 
 def sample_times(batch_size: int, data_proportion: float, device: torch.device):
@@ -519,6 +548,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.args, self.action_dim = args, action_dim
+        self.data_proportion = args.data_proportion if args.meanflow else 1.0
         self.actor = MeanFlowNetwork(obs_dim, action_dim, action_dim)
         self.divergence = MeanFlowNetwork(obs_dim, action_dim, 1)
         self.qf1, self.qf2, self.qf1_target, self.qf2_target = (
@@ -545,12 +575,26 @@ class Agent(nn.Module):
         q1, q2 = (qf(obs, actions).softmax(-1) @ self.atoms for qf in (qf1, qf2))
         return torch.minimum(q1, q2) if self.args.clipped_double_q else (q1 + q2) / 2
 
+    def sample_with_log_prob(self, obs: torch.Tensor, noise: torch.Tensor):
+        """Actions before clipping (..., d) and log pi (...), by the likelihood in use; 0 where that is none."""
+        actions, trajectory = sample_flow(self.actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
+        if self.args.likelihood == "adn":
+            return actions, flow_log_prob(self.divergence, obs, trajectory)
+        if self.args.likelihood == "exact":
+            return actions, self.exact_log_prob(obs, noise)
+        return actions, torch.zeros_like(actions[..., 0])
+
+    def exact_log_prob(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """log pi (...) of the sampler's own map."""
+        steps, meanflow = self.args.sampling_steps, self.args.meanflow
+        return exact_log_prob(lambda noise: sample_flow(self.actor, obs, noise, steps, meanflow)[0], noise)
+
     @torch.no_grad()
     def sample_actions(self, obs: torch.Tensor, candidates: int = 1) -> torch.Tensor:
         """The actions (B, d) for training, or the best of some candidates by the target critics."""
         noise = torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
         obs = obs[:, None]  # (B, 1, obs_dim)
-        actions = sample_flow(self.actor, obs, noise, self.args.sampling_steps)[0].clamp(-1, 1)  # (B, candidates, d)
+        actions = sample_flow(self.actor, obs, noise, self.args.sampling_steps, self.args.meanflow)[0].clamp(-1, 1)
         if candidates == 1:
             return actions[:, 0]
         best = self.q_value(self.qf1_target, self.qf2_target, obs, actions).argmax(1)
@@ -564,18 +608,17 @@ class Agent(nn.Module):
     def estimate_velocity(self, obs: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor):
         """The Boltzmann policy's marginal velocity at a noised policy sample, from both proposals (paper, section 4).
 
-        Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), and log pi (B, K1) and the
-        clipped share and the two ESS for the log.
+        Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), and log pi (B, K1), the clipped
+        fraction (B,), the two ESS and the policy proposal's share (B, 1) for the log.
         """
-        batch_size, d = len(obs), self.action_dim
+        batch_size, d, proposals = len(obs), self.action_dim, self.args.proposals
         noise = torch.randn(batch_size, self.args.policy_proposals, d, device=obs.device)
         eps = torch.randn(batch_size, d, device=obs.device)
         uniform = torch.rand(batch_size, self.args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
 
         def some_states(obs, t, noise, eps, uniform):
             obs = obs[:, None]  # (B, 1, obs_dim)
-            unclipped, trajectory = sample_flow(self.actor, obs, noise, self.args.sampling_steps)
-            log_prob = flow_log_prob(self.divergence, obs, trajectory)  # (B, K1)
+            unclipped, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
             from_policy = unclipped.clamp(-1, 1)  # (B, K1, d)
             x_t = (1 - t) * from_policy[:, 0] + t * eps
             from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
@@ -584,9 +627,11 @@ class Agent(nn.Module):
             log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
             v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
             v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
-            velocity = (ess_policy * v_policy + ess_gaussian * v_gaussian) / (ess_policy + ess_gaussian)
+            share = ess_policy / (ess_policy + ess_gaussian)
+            share = {"both": share, "policy": torch.ones_like(share), "gaussian": torch.zeros_like(share)}[proposals]
+            velocity = share * v_policy + (1 - share) * v_gaussian
             clipped = (unclipped.abs() > 1).float().mean((1, 2))
-            return x_t, velocity, from_policy[:, 0], log_prob, clipped, ess_policy, ess_gaussian
+            return x_t, velocity, from_policy[:, 0], log_prob, clipped, ess_policy, ess_gaussian, share
 
         # On a CPU a few states at a time: their activations stay in the cache, 1.3-1.4 x faster than all at once.
         some = 32 if obs.device.type == "cpu" else batch_size
@@ -599,7 +644,7 @@ class Agent(nn.Module):
 
         Where r = t the target is `instantaneous`, so the derivative is taken for the rest of the batch alone.
         """
-        n = int(len(obs) * self.args.data_proportion)
+        n = int(len(obs) * self.data_proportion)
         target = instantaneous
         if n < len(obs):
             with torch.no_grad():
@@ -609,6 +654,19 @@ class Agent(nn.Module):
             target = torch.cat([instantaneous[:n], rest])
         return F.mse_loss(network(obs, x_t, r, t), target)
 
+    def update_divergence(self, obs: torch.Tensor, a_0: torch.Tensor) -> torch.Tensor:
+        """One step on the average divergence network, towards the policy as it is now; returns the loss."""
+        t, r = sample_times(len(obs), self.data_proportion, obs.device)
+        with torch.no_grad():
+            x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
+            probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
+            velocity, divergence = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
+        loss = self.meanflow_loss(self.divergence, obs, x_t, r, t, velocity, divergence)
+        self.divergence_optimizer.zero_grad()
+        loss.backward()
+        self.divergence_optimizer.step()
+        return loss
+
     def update(self, obs, actions, rewards, terminations, next_obs) -> dict[str, torch.Tensor]:
         """One step on critics, their targets, policy, average divergence and temperature; returns scalars to log."""
         args, batch_size, device = self.args, len(obs), obs.device
@@ -617,8 +675,8 @@ class Agent(nn.Module):
         # Critics: a' from the current policy; there is no target actor.
         with torch.no_grad():
             noise = torch.randn(batch_size, self.action_dim, device=device)
-            a_next, trajectory = sample_flow(self.actor, next_obs, noise, args.sampling_steps)
-            a_next, next_log_prob = a_next.clamp(-1, 1), flow_log_prob(self.divergence, next_obs, trajectory)
+            a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
+            a_next = a_next.clamp(-1, 1)
             soft_atoms = self.atoms - (alpha * next_log_prob)[:, None]  # (B, N)
             atoms = rewards[:, None] + args.gamma * (1 - terminations)[:, None] * soft_atoms
             probs1, probs2 = (
@@ -638,23 +696,12 @@ class Agent(nn.Module):
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
 
         # Policy: regress the average velocity on the Boltzmann policy's.
-        t, r = sample_times(batch_size, args.data_proportion, device)
-        x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian = self.estimate_velocity(obs, t, alpha)
+        t, r = sample_times(batch_size, self.data_proportion, device)
+        x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
         actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
-
-        # Average divergence, of the policy just updated.
-        t, r = sample_times(batch_size, args.data_proportion, device)
-        with torch.no_grad():
-            x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
-            probes = torch.randn(args.divergence_probes, *a_0.shape, device=device)
-            velocity, divergence = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
-        divergence_loss = self.meanflow_loss(self.divergence, obs, x_t, r, t, velocity, divergence)
-        self.divergence_optimizer.zero_grad()
-        divergence_loss.backward()
-        self.divergence_optimizer.step()
 
         entropy = -log_prob.mean()
         with torch.no_grad():
@@ -667,15 +714,17 @@ class Agent(nn.Module):
             "losses/qf2_loss": qf2_loss,
             "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
             "losses/actor_loss": actor_loss,
-            "losses/divergence_loss": divergence_loss,
             "losses/alpha": alpha,
-            "diagnostics/entropy": entropy,
             "diagnostics/ess_policy": ess_policy.mean(),
             "diagnostics/ess_gaussian": ess_gaussian.mean(),
-            "diagnostics/policy_proposal_weight": (ess_policy / (ess_policy + ess_gaussian)).mean(),
+            "diagnostics/policy_proposal_weight": share.mean(),
             "diagnostics/clipped_fraction": clipped.mean(),
             "diagnostics/edge_mass": (q_probs[..., 0] + q_probs[..., -1]).mean(),
         }
+        if args.likelihood != "none":
+            metrics["diagnostics/entropy"] = entropy
+        if args.likelihood == "adn":
+            metrics["losses/divergence_loss"] = self.update_divergence(obs, a_0)
         if args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
             self.alpha_optimizer.zero_grad()
@@ -683,6 +732,23 @@ class Agent(nn.Module):
             self.alpha_optimizer.step()
             metrics["losses/alpha_loss"] = alpha_loss
         return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
+        """What is too costly for every update, at states (B, obs_dim).
+
+        The error of the network's log pi against the exact one, in nats, and how far the sampler's actions are from
+        those of the instantaneous field that it averages (64 Euler steps from the same noise).
+        """
+        noise = torch.randn(len(obs), self.action_dim, device=obs.device)
+        actions, trajectory = sample_flow(self.actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
+        gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
+        scalars = {"diagnostics/flow_gap": gap.norm(dim=-1).mean().item()}
+        if self.args.likelihood == "adn":
+            error = flow_log_prob(self.divergence, obs, trajectory) - self.exact_log_prob(obs, noise)
+            scalars["diagnostics/adn_log_prob_error"] = error.abs().mean().item()
+            scalars["diagnostics/adn_log_prob_bias"] = error.mean().item()
+        return scalars
 
     def warnings(self, scalars: dict[str, float], num_updates: int) -> list[str]:
         """What the user should know of the last logged scalars."""
@@ -952,6 +1018,10 @@ def train(args: Args) -> None:
                 progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
                 for message in agent.warnings(scalars, num_updates):
                     warn(message)
+            if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
+                with torch.random.fork_rng():  # training's random numbers stay as they are
+                    torch.manual_seed(derive_seed(args.seed, global_step, 2))
+                    log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
                 returns = evaluate(agent, eval_envs, derive_seed(args.seed, global_step, 0), device)
                 mean, std = returns.mean(), returns.std()

@@ -79,6 +79,8 @@ class Args:
     """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
     """environment steps between two rows of losses and diagnostics"""
+    diagnostics_frequency: int = 1_000
+    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
 
     env_id: str = "Hopper-v4"
     """a Gymnasium id, or `module:id` to import the module that registers it"""
@@ -129,7 +131,7 @@ def check_args(args: Args) -> None:
     for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency"):
+    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
     if "/" in args.exp_name:
@@ -445,6 +447,11 @@ class Agent(nn.Module):
             metrics["losses/alpha_loss"] = alpha_loss
         return {name: value.detach() for name, value in metrics.items()}
 
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
+        """What is too costly for every update, at states (B, obs_dim): the policy's spread before the tanh."""
+        return {"diagnostics/policy_std": self.actor(obs)[1].exp().mean().item()}
+
     def warnings(self, scalars: dict[str, float], num_updates: int) -> list[str]:
         """What the user should know of the last logged scalars; SAC has nothing to warn of."""
         return []
@@ -707,6 +714,10 @@ def train(args: Args) -> None:
                 progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
                 for message in agent.warnings(scalars, num_updates):
                     warn(message)
+            if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
+                with torch.random.fork_rng():  # training's random numbers stay as they are
+                    torch.manual_seed(derive_seed(args.seed, global_step, 2))
+                    log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
                 returns = evaluate(agent, eval_envs, derive_seed(args.seed, global_step, 0), device)
                 mean, std = returns.mean(), returns.std()

@@ -1,0 +1,112 @@
+"""The action density that a run on the multi-goal task learned, beside the Boltzmann density that is optimal there.
+
+    python sac_continuous.py --env-id tests.multigoal:MultiGoal-v0 --no-autotune --total-timesteps 5000
+    python benchmark/density.py runs/<run> runs/<another> --out benchmark/results/multigoal
+
+For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
+grid, the probability near each goal (in its quadrant), the entropy of the histogram in nats and, for MFPO, the error of
+its log pi. Writes <out>.csv and <out>.png. Needs `pip install -r requirements-benchmark.txt`.
+"""
+
+import csv
+import importlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.multigoal import GOALS, boltzmann
+
+CELLS = 16
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """run folders, each with a checkpoint.pt"""
+    out: Path = Path("density")
+    """the CSV and the picture, without their endings"""
+    samples: int = 200_000
+    """actions drawn from each policy"""
+    picture: bool = True
+    """draw the picture too"""
+
+
+def load_agent(run: Path):
+    """The agent in a run's last checkpoint, with the arguments it was trained under."""
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    script = importlib.import_module(saved["script"])
+    args = script.Args(**saved["args"])
+    agent = script.Agent(1, 2, args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    return agent, args, saved["num_updates"]
+
+
+def histogram(agent, samples: int, cells: int) -> np.ndarray:
+    """Share of the policy's actions in each cell of the box."""
+    torch.manual_seed(0)
+    actions = torch.cat([agent.sample_actions(torch.zeros(10_000, 1)) for _ in range(math.ceil(samples / 10_000))])
+    counts, _, _ = np.histogram2d(*actions.numpy().T, bins=cells, range=[[-1, 1], [-1, 1]])
+    return counts / counts.sum()
+
+
+def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
+    """Distances between two (cells, cells) tables of probabilities, and the mass of the first in each quadrant."""
+    some = learned > 0
+    middles = (np.arange(len(learned)) + 0.5) / len(learned) * 2 - 1
+    quadrants = {
+        f"goal {i + 1}": learned[np.ix_(np.sign(middles) == np.sign(x), np.sign(middles) == np.sign(y))].sum()
+        for i, (x, y) in enumerate(GOALS)
+    }
+    return {
+        "total variation": 0.5 * np.abs(learned - optimal).sum(),
+        "kl": (learned[some] * np.log(learned[some] / optimal[some])).sum(),
+        "entropy": -(learned[some] * np.log(learned[some] / (2 / len(learned)) ** 2)).sum(),
+        "optimal entropy": -(optimal * np.log(optimal / (2 / len(optimal)) ** 2)).sum(),
+        **quadrants,
+    }
+
+
+def main(args: Args) -> None:
+    rows, pictures = [], []
+    for run in args.runs:
+        agent, trained, updates = load_agent(run)
+        optimal = boltzmann(agent.log_alpha.exp().item(), CELLS)
+        row = {"run": run.name, "script": trained.exp_name, "seed": trained.seed, "updates": updates}
+        row |= figures(histogram(agent, args.samples, CELLS), optimal)
+        torch.manual_seed(0)
+        row |= {name.split("/")[1]: value for name, value in agent.diagnostics(torch.zeros(2000, 1)).items()}
+        rows.append({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()})
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
+        pictures.append((f"{trained.exp_name}\nTV {row['total variation']:.2f}", agent, optimal))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    if args.picture:
+        tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), 64))]
+        tables += [(title, histogram(agent, args.samples, 64)) for title, agent, _ in pictures]
+        figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables), 3), squeeze=False)
+        for ax, (title, table) in zip(axes[0], tables, strict=True):
+            ax.imshow(table.T, origin="lower", extent=(-1, 1, -1, 1), cmap="magma", vmax=tables[0][1].max())
+            ax.plot(*GOALS.T, "c+", markersize=6)
+            ax.set_title(title, fontsize=9)
+            ax.set_xticks([]), ax.set_yticks([])
+        figure.tight_layout()
+        figure.savefig(args.out.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
