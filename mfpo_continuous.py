@@ -761,8 +761,10 @@ class Agent(nn.Module):
         return []
 
 
-def evaluate(agent: Agent, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
+def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
     """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
+
+    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do.
 
     Training's random state is left as it was, and the result depends on the weights and `seed` alone.
     """
@@ -771,7 +773,7 @@ def evaluate(agent: Agent, envs: list[gym.Env], seed: int, device: torch.device)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), list(range(len(envs)))
         while running:
-            actions = agent.eval_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+            actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
             still_running = []
             for i in running:
                 obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
@@ -815,8 +817,9 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
     envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
     agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
     agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, args.seed, device)
-    print(f"{trained.env_id}: return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
+        returns = evaluate(act, envs, args.seed, device)
+        print(f"{trained.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
     for env in envs:
         env.close()
 
@@ -987,7 +990,7 @@ def train(args: Args) -> None:
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 batch = buffer.sample(args.batch_size, device)
-                metrics = agent.update(*batch)
+                metrics = (metrics or {}) | agent.update(*batch)
                 num_updates += 1
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -1023,10 +1026,11 @@ def train(args: Args) -> None:
                     torch.manual_seed(derive_seed(args.seed, global_step, 2))
                     log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
-                returns = evaluate(agent, eval_envs, derive_seed(args.seed, global_step, 0), device)
-                mean, std = returns.mean(), returns.std()
-                log({"eval/episodic_return": mean, "eval/episodic_return_std": std}, global_step)
-                tqdm.write(f"step {global_step}: evaluation return {mean:.1f} +- {std:.1f}")
+                for tag, act in (("eval", agent.eval_actions), ("eval_exploring", agent.sample_actions)):
+                    returns = evaluate(act, eval_envs, derive_seed(args.seed, global_step, 0), device)
+                    mean, std = returns.mean(), returns.std()
+                    log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
+                    tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
             if save_now:
                 buffer.skip(1)
                 saved = {

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -13,12 +14,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import mfpo_continuous
 import sac_continuous
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["sac_continuous", "mfpo_continuous"]
-MODULES = {"sac_continuous": sac_continuous, "mfpo_continuous": mfpo_continuous}
+SCRIPTS = ["sac_continuous", "mfpo_continuous", "smfp_continuous"]
+MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
 SHORT = ["--total-timesteps", "450", "--learning-starts", "150", "--batch-size", "32", "--log-frequency", "50"]
 
 
@@ -47,7 +47,7 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     logged = scalars(run)
     expected = {"losses/qf1_values", "losses/qf1_loss", "losses/actor_loss", "losses/alpha", "losses/alpha_loss"}
     expected |= {"charts/SPS", "charts/episodic_return", "charts/episodic_length", "diagnostics/entropy"}
-    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    expected |= {f"{tag}/episodic_return{end}" for tag in ("eval", "eval_exploring") for end in ("", "_std")}
     if script == "mfpo_continuous":
         names = ("ess_policy", "ess_gaussian", "policy_proposal_weight", "clipped_fraction", "edge_mass")
         expected |= {"losses/divergence_loss", *(f"diagnostics/{name}" for name in names)}
@@ -57,7 +57,9 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     assert [step for step, _ in logged["eval/episodic_return"]] == [225, 450]
     loaded = command_line(script, tmp_path, "--evaluate", run / "model.pt", "--eval-episodes", 2)
     assert loaded.returncode == 0, loaded.stderr
-    assert re.fullmatch(rf"{env_id}: return -?\d+\.\d \+- \d+\.\d over 2 episodes\n", loaded.stdout)
+    lines = loaded.stdout.splitlines()
+    for line, name in zip(lines, ("evaluation", "exploring policy"), strict=True):
+        assert re.fullmatch(rf"{env_id}: {name} return -?\d+\.\d \+- \d+\.\d \(2 episodes\)", line)
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
@@ -74,7 +76,7 @@ def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_pa
         (run,) = (tmp_path / name / "runs").iterdir()
         series.append({tag: values for tag, values in scalars(run).items() if tag != "charts/SPS"})
     assert series[0] == series[1]
-    assert series[2] == {tag: values for tag, values in series[0].items() if not tag.startswith("eval/")}
+    assert series[2] == {tag: values for tag, values in series[0].items() if not tag.startswith("eval")}
 
 
 class Counter(gym.Env):

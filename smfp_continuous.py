@@ -1,0 +1,993 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.17.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""Stochastic MeanFlow Policies (SMFP): a one-step, multimodal policy trained by entropic mirror descent.
+
+Paper: https://arxiv.org/abs/2605.21282. MeanFlow itself: https://arxiv.org/abs/2505.13447. Public of the paper are its
+abstract and scattered facts: one network evaluation per action, a stochastic reparameterisation with a tractable
+entropy surrogate, one objective for the entropy term and a KL to the previous policy, the mirror-descent part as a
+re-weighted MeanFlow regression, the best of K_b actions behaving and of K_t in the TD target, a CrossQ critic.
+The rest is our construction, consistent with all of that: the Gaussian head, the M-latent bound, the three terms below.
+
+    python smfp_continuous.py --env-id Hopper-v4 --seed 1
+    python smfp_continuous.py --env-id Hopper-v4 --critic crossq --critic-width 2048 --policy-frequency 3
+    python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
+
+    policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
+    entropy   log pi_M(a|s) = log (1/M) sum_j N(y; m_j, sigma_j^2) - log |da/dy| over M latents, one of them y's own;
+              -E[log pi_M] is a lower bound on the entropy, rises with M and tends to it
+    descent   maximise E[Q] + alpha H(pi) - lambda KL(pi || pi_k), pi_k a slow copy of pi; the solution is
+              pi_{k+1} ~ pi_k exp((Q - alpha log pi_k) / (alpha + lambda))
+    actor     minimise  E[alpha log pi_M - min_i Q_i] + lambda E_e KL(N(m, sigma^2) || N(m_k, sigma_k^2))
+              + c alpha (MeanFlow regression of u towards pi_{k+1})
+    critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s'))
+
+In TensorBoard: eval/episodic_return is the score; diagnostics/latent_spread against diagnostics/sigma says whether the
+policy is multimodal or has collapsed to a Gaussian; diagnostics/entropy_gap says how loose the bound is.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's folder name"""
+    seed: int = 1
+    """seed of the networks, the noise, the replay sampling and the environments"""
+    torch_deterministic: bool = True
+    """ask PyTorch for deterministic kernels"""
+    cuda: bool = True
+    """train on the GPU when there is one"""
+    track: bool = False
+    """also log to Weights and Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "meanflow-rl"
+    """the Weights and Biases project"""
+    wandb_entity: str | None = None
+    """the Weights and Biases team"""
+    capture_video: bool = False
+    """record the first episode of every evaluation as MP4 in the run's folder (needs `pip install moviepy`)"""
+    save_model: bool = False
+    """write the trained weights to runs/<run>/model.pt at the end"""
+    evaluate: str | None = None
+    """load this model.pt, print the return of `eval_episodes` episodes and stop"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between two checkpoints, taken where an episode ends; 0: only when the run stops"""
+    resume: str | None = None
+    """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
+    log_frequency: int = 100
+    """environment steps between two rows of losses and diagnostics"""
+    diagnostics_frequency: int = 1_000
+    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
+
+    env_id: str = "Hopper-v4"
+    """a Gymnasium id, or `module:id` to import the module that registers it"""
+    total_timesteps: int = 1_000_000
+    """environment steps, summed over the parallel environments"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds (the end of an episode takes the room of one more)"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target critics' moving average"""
+    batch_size: int = 256
+    """transitions per update"""
+    utd_ratio: float = 1.0
+    """updates per environment step"""
+    eval_frequency: int = 10_000
+    """environment steps between two evaluations; 0 turns them off"""
+    eval_episodes: int = 10
+    """episodes per evaluation, run as one batch"""
+
+    # Algorithm specific arguments
+    learning_starts: int = 5_000
+    """uniformly random steps before the first update (as in SAC)"""
+    policy_lr: float = 3e-4
+    """learning rate of the policy (as in SAC)"""
+    q_lr: float = 1e-3
+    """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
+    autotune: bool = True
+    """learn the temperature; otherwise it stays at `alpha`"""
+    alpha: float = 1.0
+    """the temperature, or its first value when it is learned (as in SAC)"""
+    latents: int = 5
+    """M, latents per state: so many samples, and so many components in the density of each; 1 rewards sigma alone"""
+    kl_coef: float = 0.1
+    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes the term"""
+    meanflow_coef: float = 1.0
+    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term"""
+    mirror_descent_weights: bool = True
+    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation)"""
+    policy_tau: float = 0.005
+    """step of the slow copy's moving average"""
+    data_proportion: float = 0.5
+    """share of the regression's batch at r = t, that is on the instantaneous velocity"""
+    behavior_candidates: int = 1
+    """K_b, exploration plays the best by Q of this many actions; 1 turns it off"""
+    target_candidates: int = 1
+    """K_t, the TD target takes the best by Q of this many actions (paper: K_b / 2); 1 turns it off"""
+    eval_candidates: int = 10
+    """evaluation plays the best by Q of this many actions; 1 plays a plain sample"""
+    policy_frequency: int = 1
+    """updates of the critics per update of the policy and the temperature (CrossQ: 3)"""
+    critic: Literal["sac", "crossq"] = "sac"
+    """sac: twin Q with target networks; crossq: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
+    critic_width: int = 256
+    """units in each of the critics' two hidden layers (CrossQ: 2048)"""
+
+
+def fail(message: str) -> None:
+    """Report a mistake of the user's in one line and exit with code 2, before anything is written."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class EnvError(Exception):
+    """An environment raised, or returned what cannot be trained on."""
+
+
+def check_args(args: Args) -> None:
+    """Reject numbers that contradict each other or make no sense."""
+    for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
+    if "/" in args.exp_name:
+        fail(f"--exp-name is {args.exp_name}; it must not contain a /")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma is {args.gamma}; it must be in [0, 1)")
+    if not 0 < args.tau <= 1:
+        fail(f"--tau is {args.tau}; it must be in (0, 1]")
+    if not 0 < args.utd_ratio < math.inf:
+        fail(f"--utd-ratio is {args.utd_ratio}; it must be positive and finite")
+    if not 0 < args.alpha < math.inf:
+        fail(f"--alpha is {args.alpha}; it must be positive and finite")
+    if args.batch_size > args.buffer_size:
+        fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
+    if args.learning_starts < args.batch_size:
+        fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
+    if args.buffer_size < 2 * args.num_envs:
+        fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
+    if args.total_timesteps < args.num_envs:
+        fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
+    for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
+        if getattr(args, flag):
+            try:
+                __import__(package)
+            except ImportError:
+                fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    check_algorithm(args)
+
+
+class CheckedEnv(gym.Wrapper):
+    """Turns an exception, a wrong shape or dtype, or a non-finite number from the environment into an EnvError."""
+
+    def reset(self, **options):
+        return self.checked("reset", self.env.reset, **options)
+
+    def step(self, action):
+        return self.checked("step", self.env.step, action)
+
+    def checked(self, name, function, *arguments, **options):
+        try:
+            obs, *rest = function(*arguments, **options)
+            reward = float(rest[0]) if name == "step" else 0.0
+            obs = np.asarray(obs)
+        except Exception as error:
+            raise EnvError(f"{name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+        shape = self.observation_space.shape
+        if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
+            raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
+        if not (np.isfinite(obs).all() and math.isfinite(reward)):
+            raise EnvError(f"{name} returned the observation {obs.tolist()} and the reward {reward}")
+        return obs, *rest
+
+
+def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
+    """Make one environment with flat float32 observations and actions in [-1, 1].
+
+    With `video_folder` every episode is recorded there. Exits with code 2 when the id is unknown or when the spaces
+    are not what a continuous-control algorithm on vectors can use.
+    """
+    try:
+        env = gym.make(env_id, render_mode="rgb_array") if video_folder else gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
+        fail(f"--env-id {env_id} cannot be made ({str(error).splitlines()[0]}); {hint}")
+    actions, observations = env.action_space, env.observation_space
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
+        fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+        fail(f"--env-id {env_id} has unbounded actions {actions}; wrap it so that they are bounded")
+    if isinstance(observations, gym.spaces.Box) and len(observations.shape) == 3:
+        fail(f"--env-id {env_id} has image observations {observations.shape}; only vectors are supported")
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        if not observations.is_np_flattenable:
+            fail(f"--env-id {env_id} has the observation space {observations}, which cannot be flattened to a vector")
+        env = gym.wrappers.FlattenObservation(env)
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
+    env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    env = gym.wrappers.DtypeObservation(env, np.float32)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def check_video(env_id: str) -> None:
+    """Render one frame, so that what `--capture-video` lacks is known before the run."""
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
+    try:
+        env = gym.make(env_id, render_mode="rgb_array")
+        env.reset(seed=0)
+        env.render()
+        env.close()
+    except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
+        fail(f"--capture-video cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+class ReplayBuffer:
+    """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
+
+    Row p holds the observations at one step and, if they were acted on, the actions, rewards and terminations that
+    followed; row p + 1 holds the next observations. Where an episode ends, row p + 1 holds its last observation and
+    the next episode begins in row p + 2, so row p + 1 is no start of a transition. `starts` lists the rows that are.
+    """
+
+    RINGS = ("observations", "actions", "rewards", "terminations", "starts")
+
+    def __init__(self, size: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.rows = size // num_envs + 1
+        self.observations = torch.zeros(self.rows, num_envs, obs_dim, device=device)
+        self.actions = torch.zeros(self.rows, num_envs, action_dim, device=device)
+        self.rewards = torch.zeros(self.rows, num_envs, device=device)
+        self.terminations = torch.zeros(self.rows, num_envs, device=device)
+        self.starts = torch.zeros(self.rows, dtype=torch.long, device=device)  # itself a ring, oldest first
+        # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
+        self.row = self.last_start = 0
+        self.start_rows = deque()  # the rows in `starts` that are still whole
+        # First and last start on the device: a captured update reads them there, whatever they were at capture.
+        self.span = torch.zeros(2, dtype=torch.long, device=device)
+
+    @staticmethod
+    def nbytes(size: int, obs_dim: int, action_dim: int) -> int:
+        """Memory in bytes that `size` transitions take."""
+        return size * (4 * (obs_dim + action_dim + 2) + 8)
+
+    def __len__(self) -> int:
+        """The number of transitions that can be sampled."""
+        return len(self.start_rows) * self.observations.shape[1]
+
+    def add(self, obs, actions, rewards, terminations, next_obs, dones) -> None:
+        """Append one transition per environment; arrays have `num_envs` rows, `next_obs` is final where `dones`."""
+        here, there = self.row % self.rows, (self.row + 1) % self.rows
+        self.observations[here] = torch.from_numpy(obs)
+        self.observations[there] = torch.from_numpy(next_obs)
+        self.actions[here] = torch.from_numpy(actions)
+        self.rewards[here] = torch.from_numpy(rewards)
+        self.terminations[here] = torch.from_numpy(terminations)
+        self.starts[self.last_start % self.rows] = here
+        self.start_rows.append(self.row)
+        self.last_start += 1
+        self.skip(2 if dones.any() else 1)
+
+    def skip(self, rows: int) -> None:
+        """Move on by some rows; one more than `add` does by itself separates what is not one episode."""
+        self.row += rows
+        # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
+        while self.start_rows and self.start_rows[0] <= self.row - self.rows:
+            self.start_rows.popleft()
+        self.span[0], self.span[1] = self.last_start - len(self.start_rows), self.last_start
+
+    def state_dict(self) -> dict:
+        """The filled part of the rings, and the counters."""
+        filled = min(self.row + 1, self.rows)
+        rings = {name: getattr(self, name)[:filled].clone() for name in self.RINGS}  # a view would be saved whole
+        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(self.start_rows)}
+        return rings | counters
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` of a buffer of the same size returned."""
+        for name in self.RINGS:
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.row, self.last_start = state["row"], state["last_start"]
+        self.start_rows = deque(state["start_rows"].tolist())
+        self.skip(0)
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Draw transitions uniformly with replacement.
+
+        Returns obs (B, obs_dim), actions (B, d), rewards (B,), terminations (B,) in {0, 1}, next_obs (B, obs_dim).
+        """
+        uniform = torch.rand(2, batch_size, dtype=torch.float64, device=self.span.device)
+        start = self.span[0] + (uniform[0] * (self.span[1] - self.span[0])).long()
+        row = self.starts[start % self.rows]
+        env = (uniform[1] * self.observations.shape[1]).long()
+        batch = (
+            self.observations[row, env],
+            self.actions[row, env],
+            self.rewards[row, env],
+            self.terminations[row, env],
+            self.observations[(row + 1) % self.rows, env],
+        )
+        return tuple(x.to(device) for x in batch)
+
+
+def check_algorithm(args: Args) -> None:
+    """The part of `check_args` that belongs to this algorithm."""
+    for name in ("policy_lr", "q_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
+    counts = ("latents", "behavior_candidates", "target_candidates", "eval_candidates")
+    for name in (*counts, "policy_frequency", "critic_width"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("kl_coef", "meanflow_coef"):
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be finite and not negative")
+    if not 0 < args.policy_tau <= 1:
+        fail(f"--policy-tau is {args.policy_tau}; it must be in (0, 1]")
+    if not 0 <= args.data_proportion <= 1:
+        fail(f"--data-proportion is {args.data_proportion}; it must be in [0, 1]")
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation of (B, features), with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
+
+    In training each feature is normalised by the batch, then corrected towards the running statistics within r_max and
+    d_max, once they have settled; in evaluation by the running statistics.
+    """
+
+    momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return (x - self.running_mean) * (self.running_var + self.eps).rsqrt() * self.weight + self.bias
+        mean, var = x.mean(0), x.var(0, correction=0)
+        std, running_std = (var + self.eps).sqrt(), (self.running_var + self.eps).sqrt()
+        with torch.no_grad():
+            settled = self.num_batches >= self.warmup
+            r = torch.where(settled, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(settled, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.num_batches += 1
+        return ((x - mean) / std * r + d) * self.weight + self.bias
+
+
+class SoftQNetwork(nn.Module):
+    """Q(s, a) for obs (..., obs_dim) and actions (..., d) in [-1, 1]; returns (...). `renorm` is CrossQ's form."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int, renorm: bool):
+        super().__init__()
+        layers = [BatchRenorm(obs_dim + action_dim)] if renorm else []
+        for features in (obs_dim + action_dim, width):
+            layers += [nn.Linear(features, width), nn.ReLU()] + ([BatchRenorm(width)] if renorm else [])
+        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        obs = obs.expand(*actions.shape[:-1], -1)
+        return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class Policy(nn.Module):
+    """The average velocity u(s, x, r, t) before the tanh, and log sigma by a second head on the same trunk.
+
+    obs (..., obs_dim), x (..., d), r and t (..., 1) broadcast against each other; u and log sigma are (..., d).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.sizes = (obs_dim, action_dim, 1, 1)
+        self.first = nn.Linear(sum(self.sizes), 256)
+        self.second = nn.Linear(256, 256)
+        self.velocity = nn.Linear(256, action_dim)
+        self.log_std = nn.Linear(256, action_dim)
+
+    def forward(self, obs, x, r, t) -> tuple[torch.Tensor, torch.Tensor]:
+        # The first layer on the concatenation, without forming it: what M latents share is multiplied once.
+        parts = zip((obs, x, r, t), self.first.weight.split(self.sizes, dim=1), strict=True)
+        h = F.silu(sum((F.linear(x, w) for x, w in parts), self.first.bias))
+        h = F.silu(self.second(h))
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(self.log_std(h)) + 1)
+        return self.velocity(h), log_std
+
+
+def one_step(policy, obs: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean m = e - u(s, e, 0, 1) and log sigma, each (..., d), of the Gaussian before the tanh, given latents e."""
+    ends = torch.zeros(2, 1, device=e.device)
+    ends[1] = 1
+    u, log_std = policy(obs, e, ends[0], ends[1])
+    return e - u, log_std
+
+
+def tanh_log_det(y: torch.Tensor) -> torch.Tensor:
+    """log |da/dy| of a = tanh(y), summed over the last axis; exact where 1 - tanh(y)^2 rounds to 0."""
+    return (2 * (math.log(2) - y - F.softplus(-2 * y))).sum(-1)
+
+
+def mixture_log_prob(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """log (1/M) sum_j N(y; m_j, sigma_j^2) of y (..., N, d) for components (..., M, d); returns (..., N)."""
+    z = (y[..., :, None, :] - mean[..., None, :, :]) * (-log_std[..., None, :, :]).exp()  # (..., N, M, d)
+    log_prob = (-0.5 * z**2 - log_std[..., None, :, :] - 0.5 * math.log(2 * math.pi)).sum(-1)
+    return log_prob.logsumexp(-1) - math.log(mean.shape[-2])
+
+
+def entropy_bound(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """-E[log pi_M(a|s)] of a = tanh(y), y (..., M, d) one sample of each component: the entropy's lower bound."""
+    return -(mixture_log_prob(y, mean, log_std) - tanh_log_det(y)).mean(-1)
+
+
+def gaussian_kl(mean, log_std, mean_k, log_std_k) -> torch.Tensor:
+    """KL(N(mean, std^2) || N(mean_k, std_k^2)) of diagonal Gaussians (..., d); returns (...)."""
+    variance_ratio = (2 * (log_std - log_std_k)).exp()
+    return 0.5 * (variance_ratio + ((mean - mean_k) / log_std_k.exp()) ** 2 - 1 - variance_ratio.log()).sum(-1)
+
+
+def mirror_descent_weights(q: torch.Tensor, log_prob_k: torch.Tensor, alpha, kl_weight) -> torch.Tensor:
+    """Importance weights (..., P) from pi_k to the maximiser of E[Q] + alpha H(pi) - lambda KL(pi || pi_k).
+
+    That is pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z; q and log_prob_k (..., P) are at samples of pi_k.
+    """
+    return ((q - alpha * log_prob_k) / (alpha + kl_weight)).softmax(-1)
+
+
+def sample_times(batch_size: int, data_proportion: float, device: torch.device):
+    """Interval ends t >= r, each (B, 1), uniform; the first `data_proportion` of the batch has r = t."""
+    times = torch.rand(2, batch_size, 1, device=device)
+    t, r = times.amax(0), times.amin(0)
+    n = int(batch_size * data_proportion)
+    return t, torch.cat([t[:n], r[n:]])
+
+
+def meanflow_loss(average, x_t, r, t, velocity) -> torch.Tensor:
+    """Squared error, summed over d, between u and its target v - (t - r) du/dt (MeanFlow, equations 6 and 9); (B,).
+
+    `average(x, r, t)` is u; the total derivative runs along dx/dt = `velocity` (B, d) with r held fixed.
+    """
+    with torch.no_grad():
+        tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))
+        _, derivative = torch.func.jvp(average, (x_t, r, t), tangents)
+        target = velocity - (t - r) * derivative
+    return ((average(x_t, r, t) - target) ** 2).sum(-1)
+
+
+class Agent(nn.Module):
+    """Networks, optimisers and one update of everything."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.action_dim, self.crossq = args, action_dim, args.critic == "crossq"
+        self.policy, self.slow_policy = Policy(obs_dim, action_dim), Policy(obs_dim, action_dim)
+        self.slow_policy.load_state_dict(self.policy.state_dict())
+        self.qf1, self.qf2 = (SoftQNetwork(obs_dim, action_dim, args.critic_width, self.crossq) for _ in range(2))
+        self.q_target_parameters = []
+        if not self.crossq:
+            self.qf1_target, self.qf2_target = (
+                SoftQNetwork(obs_dim, action_dim, args.critic_width, False) for _ in range(2)
+            )
+            self.qf1_target.load_state_dict(self.qf1.state_dict())
+            self.qf2_target.load_state_dict(self.qf2.state_dict())
+            self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.target_entropy = -float(action_dim)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        self.eval().to(device)  # batch renormalisation learns in the critics' update alone
+        self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        betas = (0.5, 0.999) if self.crossq else (0.9, 0.999)  # CrossQ's beta_1
+        self.q_optimizer = torch.optim.Adam(self.q_parameters, lr=args.q_lr, betas=betas, fused=True)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, betas=betas, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, betas=betas, fused=True)
+
+    def q_value(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
+        """The smaller of the two critics, or of their target networks where there are any."""
+        target = target and not self.crossq
+        qf1, qf2 = (self.qf1_target, self.qf2_target) if target else (self.qf1, self.qf2)
+        return torch.minimum(qf1(obs, actions), qf2(obs, actions))
+
+    def sample_latents(self, policy, obs: torch.Tensor, e: torch.Tensor):
+        """One y (B, M, d) for each of the latents e (B, M, d), and the mean and log sigma it was drawn with."""
+        mean, log_std = one_step(policy, obs[:, None], e)
+        return mean + log_std.exp() * torch.randn_like(mean), mean, log_std
+
+    @torch.no_grad()
+    def best_actions(self, obs: torch.Tensor, candidates: int) -> torch.Tensor:
+        """The best by Q (B, d) of some sampled actions."""
+        e = torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
+        actions = torch.tanh(self.sample_latents(self.policy, obs, e)[0])
+        if candidates == 1:
+            return actions[:, 0]
+        best = self.q_value(obs[:, None], actions, target=True).argmax(1)
+        return actions[torch.arange(len(obs), device=obs.device), best]
+
+    def sample_actions(self, obs: torch.Tensor) -> torch.Tensor:
+        """Actions (B, d) for training."""
+        return self.best_actions(obs, self.args.behavior_candidates)
+
+    def eval_actions(self, obs: torch.Tensor) -> torch.Tensor:
+        """Actions (B, d) for evaluation."""
+        return self.best_actions(obs, self.args.eval_candidates)
+
+    def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
+        """One step on the critics and, for SAC's, on their targets."""
+        args, batch = self.args, torch.arange(len(obs), device=obs.device)
+        with torch.no_grad():
+            samples = max(args.latents, args.target_candidates)
+            e = torch.randn(len(obs), samples, self.action_dim, device=obs.device)
+            y, mean, log_std = self.sample_latents(self.policy, next_obs, e)
+            candidates = torch.tanh(y[:, : args.target_candidates])  # (B, K_t, d)
+            best = torch.zeros_like(batch)
+            if args.target_candidates > 1:
+                best = self.q_value(next_obs[:, None], candidates, target=True).argmax(1)
+            next_actions, y = candidates[batch, best], y[batch, best][:, None]
+            next_log_prob = (mixture_log_prob(y, mean, log_std) - tanh_log_det(y))[:, 0]
+        if self.crossq:
+            self.qf1.train(), self.qf2.train()
+            both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
+            (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
+            next_q = torch.minimum(next_q1, next_q2).detach()
+            self.qf1.eval(), self.qf2.eval()
+        else:
+            q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
+            with torch.no_grad():
+                next_q = self.q_value(next_obs, next_actions, target=True)
+        target = rewards + args.gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
+        qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
+        self.q_optimizer.zero_grad()
+        (qf1_loss + qf2_loss).backward()
+        self.q_optimizer.step()
+        if not self.crossq:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
+        return {
+            "losses/qf1_values": q1.mean(),
+            "losses/qf2_values": q2.mean(),
+            "losses/qf1_loss": qf1_loss,
+            "losses/qf2_loss": qf2_loss,
+            "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+        }
+
+    def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on the policy by the three terms, on its slow copy and on the temperature."""
+        args, batch_size = self.args, len(obs)
+        e = torch.randn(batch_size, args.latents, self.action_dim, device=obs.device)
+        y, mean, log_std = self.sample_latents(self.policy, obs, e)
+        with torch.no_grad():
+            y_k, mean_k, log_std_k = self.sample_latents(self.slow_policy, obs, e)
+
+        # 1. Soft policy improvement, reparameterised through e and xi.
+        for p in self.q_parameters:  # the critics only pass the gradient on here
+            p.requires_grad_(False)
+        entropy = entropy_bound(y, mean, log_std).mean()
+        actor_loss = -alpha * entropy - self.q_value(obs[:, None], torch.tanh(y)).mean()
+        for p in self.q_parameters:
+            p.requires_grad_(True)
+
+        # 2. KL to the slow copy, the latent shared: an upper bound, by joint convexity.
+        kl = gaussian_kl(mean, log_std, mean_k, log_std_k).mean()
+
+        # 3. MeanFlow regression towards the mirror-descent solution, from proposals of the slow copy.
+        metrics = {"losses/actor_loss": actor_loss, "losses/kl": kl, "losses/alpha": alpha}
+        loss = actor_loss + args.kl_coef * alpha * kl
+        if args.meanflow_coef > 0:
+            with torch.no_grad():
+                weights = torch.full(y_k.shape[:-1], 1 / args.latents, device=obs.device)
+                if args.mirror_descent_weights:
+                    q_k = self.q_value(obs[:, None], torch.tanh(y_k))
+                    log_prob_k = mixture_log_prob(y_k, mean_k, log_std_k) - tanh_log_det(y_k)
+                    weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
+                chosen = torch.multinomial(weights, 1)[..., None]  # (B, 1, 1)
+                y_0 = y_k.gather(1, chosen.expand(-1, -1, self.action_dim))[:, 0]
+                eps = torch.randn_like(y_0)
+                t, r = sample_times(batch_size, args.data_proportion, obs.device)
+                x_t, velocity = (1 - t) * y_0 + t * eps, eps - y_0
+            regression = meanflow_loss(lambda x, r, t: self.policy(obs, x, r, t)[0], x_t, r, t, velocity).mean()
+            loss = loss + args.meanflow_coef * alpha * regression
+            metrics["losses/meanflow_loss"] = regression
+            metrics["diagnostics/ess"] = (1 / (weights**2).sum(-1)).mean()
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        self.policy_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.slow_policy.parameters()], [*self.policy.parameters()], args.policy_tau)
+
+        entropy = entropy.detach()
+        metrics["diagnostics/entropy"] = entropy
+        metrics["diagnostics/sigma"] = log_std.exp().mean()
+        if args.autotune:
+            alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
+            self.alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            self.alpha_optimizer.step()
+            metrics["losses/alpha_loss"] = alpha_loss
+        return metrics
+
+    def update(self, obs, actions, rewards, terminations, next_obs) -> dict[str, torch.Tensor]:
+        """One step on the critics and, every `policy_frequency` updates, on the policy; returns scalars to log."""
+        alpha = self.log_alpha.detach().exp()
+        metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
+        self.num_updates += 1
+        if self.args.policy_frequency == 1 or self.num_updates % self.args.policy_frequency == 0:
+            metrics |= self.update_policy(obs, alpha)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
+        """What is too costly for every update, at states (B, obs_dim).
+
+        How much the entropy bound rises from M to 8 M latents (nats), and the standard deviation of the mean over the
+        latents: near 0 the policy is a Gaussian.
+        """
+        few, many = (
+            self.sample_latents(self.policy, obs, torch.randn(len(obs), m, self.action_dim, device=obs.device))
+            for m in (self.args.latents, 8 * self.args.latents)
+        )
+        bounds = [entropy_bound(*sample).mean().item() for sample in (few, many)]
+        return {
+            "diagnostics/entropy_8m": bounds[1],
+            "diagnostics/entropy_gap": bounds[1] - bounds[0],
+            "diagnostics/latent_spread": many[1].std(1).mean().item(),
+        }
+
+    def warnings(self, scalars: dict[str, float], num_updates: int) -> list[str]:
+        """What the user should know of the last logged scalars; SMFP has nothing to warn of."""
+        return []
+
+
+def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
+    """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
+
+    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do.
+
+    Training's random state is left as it was, and the result depends on the weights and `seed` alone.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+        returns, running = np.zeros(len(envs)), list(range(len(envs)))
+        while running:
+            actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
+            still_running = []
+            for i in running:
+                obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+                returns[i] += reward
+                if not (terminated or truncated):
+                    still_running.append(i)
+            running = still_running
+    return returns
+
+
+def due(step: int, every: int, stride: int) -> bool:
+    """Whether a multiple of `every` lies in (step - stride, step]; never when `every` is 0."""
+    return every > 0 and step // every > (step - stride) // every
+
+
+def load_file(path: str | Path, flag: str, device: torch.device, **options) -> dict:
+    """Read what this script saved; anything else ends the program with one line. No code in the file is run."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location=device, weights_only=True, **options)
+        if saved["script"] != Path(__file__).stem:
+            raise ValueError(f"it was written by {saved['script']}.py")
+        unknown = saved["args"].keys() ^ dataclasses.asdict(Args()).keys()
+        if unknown:
+            raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
+    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({reason})")
+    return saved
+
+
+def evaluate_saved(args: Args, device: torch.device) -> None:
+    """`--evaluate PATH`: load the weights in model.pt or checkpoint.pt and print the return that they reach."""
+    saved = load_file(args.evaluate, "--evaluate", device)
+    trained = Args(**saved["args"])
+    if args.capture_video:
+        check_video(trained.env_id)
+    video_folder = f"{Path(args.evaluate).parent}/videos" if args.capture_video else None
+    envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
+    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
+    agent.load_state_dict(saved["agent"])
+    for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
+        returns = evaluate(act, envs, args.seed, device)
+        print(f"{trained.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
+    for env in envs:
+        env.close()
+
+
+def save_file(content: dict, path: Path) -> bool:
+    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
+        partial.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
+        return False
+    return True
+
+
+def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
+    """The agent's optimisers by name."""
+    return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
+
+
+def derive_seed(*key: int) -> int:
+    """A seed for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
+    """Seed every random generator and begin new episodes; returns their first observations.
+
+    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are the
+    same bit for bit, whatever generators an environment keeps.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    envs.action_space.seed(seed)
+    return envs.reset(seed=seed)[0]
+
+
+def parse_args(line: list[str] | None = None) -> Args:
+    """The command line; with `--resume`, what it does not name is as in the run that goes on."""
+    args = tyro.cli(Args, args=line)
+    if args.resume is None:
+        return args
+    saved = load_file(Path(args.resume, "checkpoint.pt"), "--resume", torch.device("cpu"), mmap=True)
+    args = tyro.cli(Args, args=line, default=Args(**saved["args"]))
+    for name, before in saved["args"].items():
+        now = getattr(args, name)
+        if now != before and name not in ("resume", "total_timesteps"):
+            fail(f"--{name.replace('_', '-')} {now} contradicts the run's {before}; leave it out or start a new run")
+    if args.total_timesteps < saved["global_step"] + args.num_envs:
+        fail(f"--total-timesteps {args.total_timesteps}: the run already has {saved['global_step']} steps; raise it")
+    return args
+
+
+def train(args: Args) -> None:
+    """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
+    check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.evaluate:
+        return evaluate_saved(args, device)
+    if args.capture_video:
+        check_video(args.env_id)
+
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
+    obs = restart(args.seed, envs)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args, device)
+
+    size = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        fits = int(args.buffer_size * memory / size)
+        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
+    on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
+    print(f"The replay buffer takes {size / 2**30:.2f} GiB on the {'GPU' if on_gpu else 'CPU'}")
+    buffer_device = device if on_gpu else torch.device("cpu")
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
+
+    start_step, num_updates, metrics = 0, 0, None
+    if args.resume:
+        run = Path(args.resume)
+        saved = load_file(run / "checkpoint.pt", "--resume", device)
+        try:
+            agent.load_state_dict(saved["agent"])
+            for name, optimizer in optimizers(agent).items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            buffer.load_state_dict(saved["buffer"])
+            start_step, num_updates, metrics = saved["global_step"], saved["num_updates"], saved["metrics"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+        obs = restart(derive_seed(args.seed, start_step, 1), envs)
+    else:
+        env_name = args.env_id.replace("/", "-").replace(":", "-")
+        run = Path("runs", f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        while True:  # another run of the same second has the name already
+            try:
+                run.mkdir(parents=True)
+                break
+            except FileExistsError:
+                run = run.with_name(run.name + "x")
+
+    video_folder = f"{run}/videos" if args.capture_video else None
+    num_eval_envs = args.eval_episodes if args.eval_frequency else 0
+    eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(num_eval_envs)]
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            sync_tensorboard=True,
+            config=vars(args),
+            name=run.name,
+            id=run.name,
+            resume="allow",
+            save_code=True,
+        )
+    writer = SummaryWriter(str(run), purge_step=start_step + 1 if args.resume else None)
+    if not args.resume:
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    threading.excepthook = lambda _: None  # when TensorBoard's thread dies, our next call to it says why
+    warned = set()
+
+    def warn(message: str) -> None:
+        """Say it once."""
+        if message not in warned:
+            warned.add(message)
+            tqdm.write(f"warning: {message}")
+
+    def log(scalars: dict[str, float], step: int) -> None:
+        try:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+        except OSError as error:  # a full disk, mostly; it costs the curves and not the run
+            warn(f"TensorBoard cannot write ({error}); its rows are missing until the run is resumed")
+
+    signals = []  # Ctrl-C and SIGTERM end the loop after the step at hand, with a checkpoint
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        tqdm.write("stopping with a checkpoint; once more to stop at once")
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    batch, saved_step, ending = None, start_step, None
+    safe_step = start_step if args.resume else None  # of the checkpoint on the disk
+    start_time, last_return = time.time(), math.nan
+    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0)
+    last_step = args.total_timesteps - args.total_timesteps % args.num_envs
+    try:
+        for global_step in range(start_step + args.num_envs, last_step + 1, args.num_envs):
+            if global_step <= args.learning_starts:
+                actions = envs.action_space.sample()
+            else:
+                actions = agent.sample_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+
+            # The update is launched before the environment steps: on a GPU the two then overlap.
+            while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
+                batch = buffer.sample(args.batch_size, device)
+                metrics = (metrics or {}) | agent.update(*batch)
+                num_updates += 1
+
+            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+            dones = terminations | truncations
+            final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
+            for i in np.flatnonzero(dones):
+                final_obs[i] = infos["final_obs"][i]
+                episode = {name: infos["final_info"]["episode"][name][i] for name in "rl"}
+                last_return = episode["r"]
+                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"]}, global_step)
+            buffer.add(obs, actions, rewards, terminations, final_obs, dones)
+            obs = next_obs
+            progress.update(args.num_envs)
+
+            # A checkpoint that is due waits for an episode's end, but not for ever.
+            since, every = global_step - saved_step, args.checkpoint_frequency
+            save_now = 0 < every <= since and (dones.any() or args.num_envs > 1 or since >= 2 * every)
+            save_now |= global_step == last_step or len(signals) > 0
+            log_now = due(global_step, args.log_frequency, args.num_envs)
+            if metrics and (log_now or save_now or device.type == "cpu"):
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the only sync
+                for name, value in scalars.items():
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"{name} is {value}")
+            if metrics and log_now:
+                sps = (global_step - start_step) / (time.time() - start_time)
+                log(scalars | {"charts/SPS": sps}, global_step)
+                progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
+                for message in agent.warnings(scalars, num_updates):
+                    warn(message)
+            if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
+                with torch.random.fork_rng():  # training's random numbers stay as they are
+                    torch.manual_seed(derive_seed(args.seed, global_step, 2))
+                    log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
+            if due(global_step, args.eval_frequency, args.num_envs):
+                for tag, act in (("eval", agent.eval_actions), ("eval_exploring", agent.sample_actions)):
+                    returns = evaluate(act, eval_envs, derive_seed(args.seed, global_step, 0), device)
+                    mean, std = returns.mean(), returns.std()
+                    log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
+                    tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
+            if save_now:
+                buffer.skip(1)
+                saved = {
+                    "script": Path(__file__).stem,
+                    "args": vars(args) | {"resume": None},
+                    "global_step": global_step,
+                    "num_updates": num_updates,
+                    "metrics": metrics,
+                    "agent": agent.state_dict(),
+                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers(agent).items()},
+                    "buffer": buffer.state_dict(),
+                }
+                if save_file(saved, run / "checkpoint.pt"):
+                    safe_step = global_step
+                saved_step = global_step
+                obs = restart(derive_seed(args.seed, global_step, 1), envs)
+            if signals:
+                ending = f"stopped at step {global_step}"
+                break
+    except (EnvError, FloatingPointError) as error:
+        evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
+        save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")
+        ending = f"error: {error}, at step {global_step} (seed {args.seed}); what led there is in {run}/fault.pt"
+    progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for env in (envs, *eval_envs):
+        env.close()
+    if ending:
+        again = f"python {Path(__file__).name} --resume {run}"
+        print(f"{ending}; " + ("there is no checkpoint" if safe_step is None else f"from step {safe_step}: {again}"))
+        sys.exit(128 + signals[0] if signals else 1)
+    if args.save_model:
+        save_file({name: saved[name] for name in ("script", "args", "agent")}, run / "model.pt")
+    print(f"The run's files are in {run}")
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except EnvError as error:  # before the run, or with --evaluate
+        fail(f"the environment cannot be used: {error}")
