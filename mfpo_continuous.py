@@ -129,6 +129,8 @@ class Args:
     """N, normal probes of the Skilling-Hutchinson divergence estimate (paper)"""
     data_proportion: float = 0.75
     """share of the batch trained at r = t, that is on the instantaneous velocity (paper)"""
+    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    """of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often"""
     clipped_double_q: bool = True
     """use the critic with the smaller mean; otherwise average the two (paper: off on HalfCheetah)"""
     num_atoms: int = 101
@@ -465,14 +467,17 @@ def exact_log_prob(sampler, noise: torch.Tensor) -> torch.Tensor:
 
     The change of variables of the T-step map itself: d forward-mode products and a determinant per row; shape (...).
     """
-    basis = torch.eye(noise.shape[-1], device=noise.device)
+    basis = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
     columns = [torch.func.jvp(sampler, (noise,), (e.repeat(*noise.shape[:-1], 1),))[1] for e in basis]
     return standard_normal_log_prob(noise) - torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
 
 
-def sample_times(batch_size: int, data_proportion: float, device: torch.device):
-    """Interval ends t >= r, each (B, 1): logit-normal(-0.4, 1), the first `data_proportion` of the batch with r = t."""
-    times = torch.sigmoid(torch.randn(2, batch_size, 1, device=device) - 0.4)
+def sample_times(batch_size: int, data_proportion: float, distribution: str, device: torch.device):
+    """Interval ends t >= r, each (B, 1); the first `data_proportion` of the batch has r = t."""
+    if distribution == "logit_normal":
+        times = torch.sigmoid(torch.randn(2, batch_size, 1, device=device) - 0.4)
+    else:
+        times = torch.rand(2, batch_size, 1, device=device).clamp(1e-3, 1 - 1e-3)  # the proposals divide by t and 1 - t
     t, r = times.amax(0), times.amin(0)
     n = int(batch_size * data_proportion)
     return t, torch.cat([t[:n], r[n:]])
@@ -656,7 +661,7 @@ class Agent(nn.Module):
 
     def update_divergence(self, obs: torch.Tensor, a_0: torch.Tensor) -> torch.Tensor:
         """One step on the average divergence network, towards the policy as it is now; returns the loss."""
-        t, r = sample_times(len(obs), self.data_proportion, obs.device)
+        t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
         with torch.no_grad():
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
             probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
@@ -696,7 +701,7 @@ class Agent(nn.Module):
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
 
         # Policy: regress the average velocity on the Boltzmann policy's.
-        t, r = sample_times(batch_size, self.data_proportion, device)
+        t, r = sample_times(batch_size, self.data_proportion, args.time_distribution, device)
         x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
         actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
         self.actor_optimizer.zero_grad()

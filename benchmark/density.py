@@ -5,7 +5,8 @@
 
 For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
 grid, the probability near each goal (in its quadrant), the entropy of the histogram in nats and, for MFPO, the error of
-its log pi. Writes <out>.csv and <out>.png. Needs `pip install -r requirements-benchmark.txt`.
+its log pi. Prints means over the runs of each --exp-name, writes <out>.csv and <out>.png.
+Needs `pip install -r requirements-benchmark.txt`.
 """
 
 import csv
@@ -77,24 +78,36 @@ def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
     }
 
 
+def print_means(rows: list[dict]) -> None:
+    """A Markdown table: mean and standard deviation over the runs of each script or variant."""
+    names = ["total variation", "kl", "entropy", "goal 1", "goal 2", "goal 3", "goal 4"]
+    names += [name for name in ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias") if any(name in r for r in rows)]
+    print("| | runs | " + " | ".join(names) + " |\n|-|-|" + "-|" * len(names))
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        group = [row for row in rows if row["variant"] == variant]
+        cells = [np.array([row[name] for row in group if name in row]) for name in names]
+        texts = [f"{x.mean():.2f} ± {x.std():.2f}" if len(x) else "" for x in cells]
+        print(f"| {variant} | {len(group)} | " + " | ".join(texts) + " |")
+
+
 def main(args: Args) -> None:
     rows, pictures = [], []
     for run in args.runs:
         agent, trained, updates = load_agent(run)
         optimal = boltzmann(agent.log_alpha.exp().item(), CELLS)
-        row = {"run": run.name, "script": trained.exp_name, "seed": trained.seed, "updates": updates}
+        row = {"run": run.name, "variant": trained.exp_name, "seed": trained.seed, "updates": updates}
         row |= figures(histogram(agent, args.samples, CELLS), optimal)
         torch.manual_seed(0)
         row |= {name.split("/")[1]: value for name, value in agent.diagnostics(torch.zeros(2000, 1)).items()}
-        rows.append({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()})
-        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
+        rows.append(row)
         pictures.append((f"{trained.exp_name}\nTV {row['total variation']:.2f}", agent, optimal))
+    print_means(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out.with_suffix(".csv"), "w", newline="") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
     if args.picture:
         tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), 64))]
         tables += [(title, histogram(agent, args.samples, 64)) for title, agent, _ in pictures]

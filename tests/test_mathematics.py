@@ -27,7 +27,7 @@ def test_concat_linear_is_linear_on_the_concatenation():
     torch.testing.assert_close(layer(x, shared), whole)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", range(1, 9))
 def test_sampler_is_the_loop_in_the_paper(steps):
     actor, divergence = small_flow(), small_flow(out_dim=1, seed=1)
     obs, noise = torch.randn(4, 3).double(), torch.randn(4, 2).double()
@@ -77,7 +77,7 @@ def test_average_divergence_network_learns_the_exact_log_prob():
     updates = 1500
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(agent.divergence_optimizer, updates)
     for _ in range(updates):
-        t, r = mfpo.sample_times(256, 0.75, torch.device("cpu"))
+        t, r = mfpo.sample_times(256, 0.75, "logit_normal", torch.device("cpu"))
         x_t = sigma(t) * torch.randn(256, d)
         velocity, divergence = mfpo.hutchinson_divergence(
             lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 256, d)
@@ -223,11 +223,14 @@ def test_categorical_projection_against_a_loop():
 
 def test_time_pairs():
     torch.manual_seed(0)
-    t, r = mfpo.sample_times(40_000, 0.75, torch.device("cpu"))
+    t, r = mfpo.sample_times(40_000, 0.75, "logit_normal", torch.device("cpu"))
     assert (t >= r).all() and (t == r).float().mean().item() == pytest.approx(0.75, abs=1e-3)
     logit_normal = torch.sigmoid(torch.tensor(scipy.stats.norm(-0.4, 1).rvs((2, 100_000), random_state=0)))
     assert t.mean().item() == pytest.approx(logit_normal.amax(0).mean().item(), abs=0.005)
     assert r[30_000:].mean().item() == pytest.approx(logit_normal.amin(0).mean().item(), abs=0.01)
+    t, r = mfpo.sample_times(40_000, 0.25, "uniform", torch.device("cpu"))
+    assert (t == r).float().mean().item() == pytest.approx(0.25, abs=1e-3) and r.min() > 0 and t.max() < 1
+    assert scipy.stats.kstest(t[:, 0], lambda x: x**2).statistic < 0.01  # the larger of two uniform numbers
 
 
 def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
@@ -264,3 +267,154 @@ def test_soft_td_target():
     one = torch.ones(2)
     target = sac.soft_td_target(one, torch.tensor([0.0, 1.0]), 5 * one, -2 * one, torch.tensor(0.5), 0.9)
     torch.testing.assert_close(target, torch.tensor([1 + 0.9 * (5 + 0.5 * 2), 1.0]))
+
+
+def test_exact_log_prob_against_brute_force_jacobians():
+    actor = small_flow(action_dim=3)
+    obs, noise = torch.randn(4, 2, 3).double(), torch.randn(4, 2, 3).double()
+    with torch.no_grad():
+        log_prob = mfpo.exact_log_prob(lambda e: mfpo.sample_flow(actor, obs, e, 3)[0], noise)
+    for i in range(4):
+        for j in range(2):
+            sampler = lambda e, i=i, j=j: mfpo.sample_flow(actor, obs[i, j], e, 3)[0]  # noqa: E731
+            jacobian = torch.autograd.functional.jacobian(sampler, noise[i, j])
+            expected = scipy.stats.norm.logpdf(noise[i, j]).sum() - math.log(abs(np.linalg.det(jacobian)))
+            assert log_prob[i, j].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_exact_log_prob_against_the_density_of_samples_in_one_dimension():
+    """The share of 400,000 samples in each bin, against the density's integral over the bin."""
+    torch.manual_seed(0)
+    actor = small_flow(action_dim=1)
+    obs = torch.randn(3).double()
+    sampler = lambda e: mfpo.sample_flow(actor, obs, e, 2)[0]  # noqa: E731
+    with torch.no_grad():
+        samples = sampler(torch.randn(400_000, 1).double())[:, 0]
+        noise = torch.linspace(-6, 6, 20_001).double()[:, None]
+        x, density = sampler(noise)[:, 0], mfpo.exact_log_prob(sampler, noise).exp()
+    assert (x.diff() > 0).all()  # the map is monotone, so that x is a grid to integrate on
+    edges = np.quantile(samples, np.linspace(0.02, 0.98, 25))
+    cdf = scipy.integrate.cumulative_trapezoid(density, x, initial=0)
+    assert cdf[-1] == pytest.approx(1, abs=1e-4)
+    shares = np.diff(np.interp(edges, x, cdf))
+    np.testing.assert_allclose(shares, np.histogram(samples, edges)[0] / len(samples), atol=0.002)
+
+
+def batch():
+    torch.manual_seed(7)
+    obs, next_obs = torch.randn(2, 40, 3)
+    return obs, torch.rand(40, 2) * 2 - 1, torch.randn(40), (torch.rand(40) < 0.2).float(), next_obs
+
+
+def agent_with(**flags):
+    """The same weights, whatever the flags; the second network of each pair differs from the first."""
+    torch.manual_seed(0)
+    return mfpo.Agent(3, 2, mfpo.Args(policy_proposals=4, gaussian_proposals=6, **flags), torch.device("cpu"))
+
+
+def estimate(agent):
+    obs, t = batch()[0], torch.linspace(0.1, 0.9, 40)[:, None]
+    torch.manual_seed(1)
+    names = ["x_t", "velocity", "a_0", "log_prob", "clipped", "ess_policy", "ess_gaussian", "share"]
+    return dict(zip(names, agent.estimate_velocity(obs, t, torch.tensor(0.5)), strict=True))
+
+
+def test_proposals_flag_changes_the_velocity_and_nothing_else():
+    both, policy, gaussian = (estimate(agent_with(proposals=name)) for name in ("both", "policy", "gaussian"))
+    share = both["ess_policy"] / (both["ess_policy"] + both["ess_gaussian"])
+    torch.testing.assert_close(both["velocity"], share * policy["velocity"] + (1 - share) * gaussian["velocity"])
+    for name in both.keys() - {"velocity", "share"}:
+        assert torch.equal(both[name], policy[name]) and torch.equal(both[name], gaussian[name])
+    assert (policy["velocity"] - gaussian["velocity"]).abs().max() > 0.01
+    assert (policy["share"] == 1).all() and (gaussian["share"] == 0).all()
+
+
+def test_likelihood_flag_changes_log_pi_and_what_follows_from_it():
+    adn, exact, none = (estimate(agent_with(likelihood=x, autotune=False)) for x in ("adn", "exact", "none"))
+    assert torch.equal(adn["a_0"], exact["a_0"]) and torch.equal(adn["a_0"], none["a_0"])
+    assert (none["log_prob"] == 0).all() and (exact["log_prob"] - adn["log_prob"]).abs().max() > 0.01
+    agent = agent_with(likelihood="exact")
+    torch.manual_seed(1)
+    noise = torch.randn(40, 4, 2)
+    with torch.no_grad():
+        for i in range(3):
+            sampler = lambda e, i=i: mfpo.sample_flow(agent.actor, batch()[0][i], e, 2)[0]  # noqa: E731
+            jacobian = torch.autograd.functional.jacobian(sampler, noise[i, 0])
+            expected = scipy.stats.norm.logpdf(noise[i, 0]).sum() - jacobian.det().abs().log().item()
+            assert exact["log_prob"][i, 0].item() == pytest.approx(expected, abs=1e-4)
+    flags = {"autotune": False, "proposals": "gaussian"}
+    with_adn, without = (estimate(agent_with(likelihood=name, **flags)) for name in ("adn", "none"))
+    assert torch.equal(with_adn["velocity"], without["velocity"])  # log pi is not in that proposal's weights
+
+
+@pytest.mark.parametrize("likelihood", ["adn", "exact", "none"])
+def test_the_critics_target_holds_the_entropy_of_the_likelihood_in_use(likelihood):
+    """Transitions that pay 0 and go on, all target critics' mass at 0: the target's mean is -gamma alpha log pi."""
+    agent = agent_with(likelihood=likelihood, autotune=False, alpha=100.0, v_min=-1000, v_max=1000, gamma=0.5)
+    with torch.no_grad():
+        for qf in (agent.qf1_target, agent.qf2_target):
+            qf.rest[-1].weight.zero_()
+            qf.rest[-1].bias.copy_(torch.where(agent.atoms == 0, 100.0, 0.0))
+    obs, actions, _, _, next_obs = batch()
+    targets = []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def recorded(logits, target):
+        targets.append(target)
+        return cross_entropy(logits, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfpo.F, "cross_entropy", recorded)
+        divergence_before = [p.clone() for p in agent.divergence.parameters()]
+        noise_agent = agent_with(likelihood=likelihood, autotune=False)
+        torch.manual_seed(1)
+        metrics = agent.update(obs, actions, torch.zeros(40), torch.zeros(40), next_obs)
+    torch.manual_seed(1)
+    noise = torch.randn(40, 2)
+    with torch.no_grad():
+        _, trajectory = mfpo.sample_flow(noise_agent.actor, next_obs, noise, 2)
+        log_prob = {
+            "adn": mfpo.flow_log_prob(noise_agent.divergence, next_obs, trajectory),
+            "exact": noise_agent.exact_log_prob(next_obs, noise),
+            "none": torch.zeros(40),
+        }[likelihood]
+    torch.testing.assert_close(targets[0] @ agent.atoms, -0.5 * 100 * log_prob, rtol=1e-3, atol=0.05)
+    trained = any((p != q).any() for p, q in zip(agent.divergence.parameters(), divergence_before, strict=True))
+    assert trained == ("losses/divergence_loss" in metrics) == (likelihood == "adn")
+    assert ("diagnostics/entropy" in metrics) == (likelihood != "none")
+
+
+def test_without_meanflow_the_sampler_is_euler_and_the_regression_is_on_the_instantaneous_velocity():
+    agent = agent_with(meanflow=False)
+    obs, noise = batch()[0], torch.randn(40, 2)
+    with torch.no_grad():
+        x, _ = mfpo.sample_flow(agent.actor, obs, noise, 3, meanflow=False)
+        expected = noise
+        for t in (1.0, 2 / 3, 1 / 3):
+            time = torch.full((40, 1), t)
+            expected = expected - agent.actor(obs, expected, time, time) / 3
+        torch.testing.assert_close(x, expected)
+        t, r = mfpo.sample_times(40, agent.data_proportion, "logit_normal", torch.device("cpu"))
+        assert torch.equal(t, r)
+        velocity = torch.randn(40, 2)
+        loss = agent.meanflow_loss(agent.actor, obs, noise, r, t, velocity, velocity)
+        torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).mean())
+
+
+def test_clipped_double_q_takes_the_smaller_mean_and_otherwise_the_average():
+    clipped, average = agent_with(), agent_with(clipped_double_q=False)
+    obs, actions = batch()[:2]
+    with torch.no_grad():
+        q1, q2 = (qf(obs, actions).softmax(-1) @ clipped.atoms for qf in (clipped.qf1, clipped.qf2))
+        for agent, expected in ((clipped, torch.minimum(q1, q2)), (average, (q1 + q2) / 2)):
+            torch.testing.assert_close(agent.q_value(agent.qf1, agent.qf2, obs, actions), expected)
+
+
+def test_a_fixed_temperature_stays_and_a_learned_one_moves_towards_rho():
+    for rho, moves in ((50.0, -1), (-50.0, 1)):  # entropy above its target -rho d: alpha falls; below: it rises
+        agent = agent_with(rho=rho)
+        agent.update(*batch())
+        assert (agent.log_alpha.item() - math.log(0.01)) * moves > 1e-4
+    agent = agent_with(autotune=False)
+    agent.update(*batch())
+    assert agent.log_alpha.item() == pytest.approx(math.log(0.01))
