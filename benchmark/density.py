@@ -111,13 +111,14 @@ def main(args: Args) -> None:
     if args.picture:
         tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), 64))]
         tables += [(title, histogram(agent, args.samples, 64)) for title, agent, _ in pictures]
-        figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables), 3), squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(tables), figsize=(2.6 * len(tables), 3.1), squeeze=False, layout="constrained"
+        )
         for ax, (title, table) in zip(axes[0], tables, strict=True):
             ax.imshow(table.T, origin="lower", extent=(-1, 1, -1, 1), cmap="magma", vmax=tables[0][1].max())
             ax.plot(*GOALS.T, "c+", markersize=6)
             ax.set_title(title, fontsize=9)
             ax.set_xticks([]), ax.set_yticks([])
-        figure.tight_layout()
         figure.savefig(args.out.with_suffix(".png"), dpi=150)
 
 
