@@ -1037,6 +1037,8 @@ def train(args: Args) -> None:
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
             if save_now:
+                if not all(p.isfinite().all() for p in agent.parameters()):
+                    raise FloatingPointError("a network's weight is not finite")
                 buffer.skip(1)
                 saved = {
                     "script": Path(__file__).stem,

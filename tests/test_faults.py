@@ -187,6 +187,29 @@ def test_a_non_finite_loss_stops_the_run_before_it_trains_on(script, tmp_path, m
     assert len(torch.load(only_run(tmp_path) / "fault.pt", weights_only=True)["batch"]) == 5
 
 
+def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_written(tmp_path, monkeypatch, capsys):
+    """The loss of the step that spoils the weights is still finite; the checkpoint of step 80 must stay the last."""
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    update, updates = module.Agent.update, []
+
+    def spoiling(self, *batch):
+        metrics = update(self, *batch)
+        updates.append(0)
+        if len(updates) == 80:  # at step 120, where a checkpoint is due
+            with torch.no_grad():
+                next(self.actor.parameters())[0, 0] = float("inf")
+        return metrics
+
+    monkeypatch.setattr(module.Agent, "update", spoiling)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.parse_args(flags("sac_continuous")))
+    assert stop.value.code == 1
+    assert "error: a network's weight is not finite, at step 120 (seed 1)" in capsys.readouterr().out
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 80
+
+
 def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     """A limit on the size of files stands for the disk: the buffer's growth passes it, and TensorBoard's file too."""
     line = flags("sac_continuous", "Walk-v0", 2000, 20)
