@@ -621,7 +621,8 @@ class Agent(nn.Module):
                     q_k = self.q_value(obs[:, None], torch.tanh(y_k))
                     log_prob_k = mixture_log_prob(y_k, mean_k, log_std_k) - tanh_log_det(y_k)
                     weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
-                chosen = torch.multinomial(weights, 1)[..., None]  # (B, 1, 1)
+                uniform = torch.rand(batch_size, 1, device=obs.device)
+                chosen = (weights.cumsum(-1)[:, :-1] < uniform).sum(-1)[:, None, None]  # (B, 1, 1), by inverse CDF
                 y_0 = y_k.gather(1, chosen.expand(-1, -1, self.action_dim))[:, 0]
                 eps = torch.randn_like(y_0)
                 t, r = sample_times(batch_size, args.data_proportion, obs.device)
