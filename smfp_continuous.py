@@ -19,7 +19,7 @@ re-weighted MeanFlow regression, the best of K_b actions behaving and of K_t in 
 The rest is our construction, consistent with all of that: the Gaussian head, the M-latent bound, the three terms below.
 
     python smfp_continuous.py --env-id Hopper-v4 --seed 1
-    python smfp_continuous.py --env-id Hopper-v4 --critic crossq --critic-width 2048 --policy-frequency 3
+    python smfp_continuous.py --critic crossq --critic-width 2048 --policy-frequency 3 --policy-lr 1e-3
     python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
 
     policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
@@ -77,13 +77,13 @@ class Args:
     wandb_entity: str | None = None
     """the Weights and Biases team"""
     capture_video: bool = False
-    """record the first episode of every evaluation as MP4 in the run's folder (needs `pip install moviepy`)"""
+    """record one episode of every evaluation as MP4 in the run's folder (needs `pip install moviepy`)"""
     save_model: bool = False
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
     """load this model.pt, print the return of `eval_episodes` episodes and stop"""
     checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints, taken where an episode ends; 0: only when the run stops"""
+    """environment steps between two checkpoints, at an episode's end if there is one; 0: only when the run stops"""
     resume: str | None = None
     """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
@@ -126,7 +126,7 @@ class Args:
     latents: int = 5
     """M, latents per state: so many samples, and so many components in the density of each; 1 rewards sigma alone"""
     kl_coef: float = 0.1
-    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes the term"""
+    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent"""
     meanflow_coef: float = 1.0
     """c, weight of the MeanFlow regression in units of alpha; 0 removes the term"""
     mirror_descent_weights: bool = True
@@ -136,15 +136,16 @@ class Args:
     data_proportion: float = 0.5
     """share of the regression's batch at r = t, that is on the instantaneous velocity"""
     behavior_candidates: int = 1
-    """K_b, exploration plays the best by Q of this many actions; 1 turns it off"""
+    """K_b, exploration plays the best by Q of this many actions; 1 turns it off (paper: more than 1)"""
     target_candidates: int = 1
-    """K_t, the TD target takes the best by Q of this many actions (paper: K_b / 2); 1 turns it off"""
+    """K_t, the TD target takes the best by Q of this many of the M actions; 1 turns it off (paper: K_b / 2)"""
     eval_candidates: int = 10
     """evaluation plays the best by Q of this many actions; 1 plays a plain sample"""
     policy_frequency: int = 1
     """updates of the critics per update of the policy and the temperature (CrossQ: 3)"""
     critic: Literal["sac", "crossq"] = "sac"
-    """sac: twin Q with target networks; crossq: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
+    """sac: twin Q with target networks; crossq: batch renormalisation in the critics, (s, a) and (s', a') in one pass,
+    no targets (`tau` is then without effect). CrossQ also has a policy_lr of 1e-3 and the two below"""
     critic_width: int = 256
     """units in each of the critics' two hidden layers (CrossQ: 2048)"""
 
@@ -181,7 +182,7 @@ def check_args(args: Args) -> None:
         fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
     if args.learning_starts < args.batch_size:
         fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
-    if args.buffer_size < 2 * args.num_envs:
+    if args.buffer_size < 4 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
@@ -206,14 +207,17 @@ class CheckedEnv(gym.Wrapper):
     def checked(self, name, function, *arguments, **options):
         try:
             obs, *rest = function(*arguments, **options)
-            reward = float(rest[0]) if name == "step" else 0.0
-            obs = np.asarray(obs)
+            reward = 0.0
+            if name == "step":
+                reward, _, _, _ = rest
+            obs, reward = np.asarray(obs), float(reward)
         except Exception as error:
             raise EnvError(f"{name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
         shape = self.observation_space.shape
         if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
             raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
-        if not (np.isfinite(obs).all() and math.isfinite(reward)):
+        largest = np.finfo(np.float32).max
+        if not ((np.abs(obs) <= largest).all() and abs(reward) <= largest):  # false for nan too
             raise EnvError(f"{name} returned the observation {obs.tolist()} and the reward {reward}")
         return obs, *rest
 
@@ -281,7 +285,7 @@ class ReplayBuffer:
         # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
         self.row = self.last_start = 0
         self.start_rows = deque()  # the rows in `starts` that are still whole
-        # First and last start on the device: a captured update reads them there, whatever they were at capture.
+        # First and last start on the device: sampling takes nothing from the host, as a CUDA graph must not.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
 
     @staticmethod
@@ -317,8 +321,9 @@ class ReplayBuffer:
     def state_dict(self) -> dict:
         """The filled part of the rings, and the counters."""
         filled = min(self.row + 1, self.rows)
-        rings = {name: getattr(self, name)[:filled].clone() for name in self.RINGS}  # a view would be saved whole
-        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(self.start_rows)}
+        # To the host, where there is room for it; and copied, for a view would be saved whole.
+        rings = {name: getattr(self, name)[:filled].to("cpu", copy=True) for name in self.RINGS}
+        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(list(self.start_rows))}
         return rings | counters
 
     def load_state_dict(self, state: dict) -> None:
@@ -360,6 +365,10 @@ def check_algorithm(args: Args) -> None:
     for name in ("kl_coef", "meanflow_coef"):
         if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be finite and not negative")
+    if args.target_candidates > args.latents:
+        fail(
+            f"--target-candidates {args.target_candidates} is above --latents {args.latents}, which they are drawn from"
+        )
     if not 0 < args.policy_tau <= 1:
         fail(f"--policy-tau is {args.policy_tau}; it must be in (0, 1]")
     if not 0 <= args.data_proportion <= 1:
@@ -557,8 +566,7 @@ class Agent(nn.Module):
         """One step on the critics and, for SAC's, on their targets."""
         args, batch = self.args, torch.arange(len(obs), device=obs.device)
         with torch.no_grad():
-            samples = max(args.latents, args.target_candidates)
-            e = torch.randn(len(obs), samples, self.action_dim, device=obs.device)
+            e = torch.randn(len(obs), args.latents, self.action_dim, device=obs.device)
             y, mean, log_std = self.sample_latents(self.policy, next_obs, e)
             candidates = torch.tanh(y[:, : args.target_candidates])  # (B, K_t, d)
             best = torch.zeros_like(batch)
@@ -601,12 +609,8 @@ class Agent(nn.Module):
             y_k, mean_k, log_std_k = self.sample_latents(self.slow_policy, obs, e)
 
         # 1. Soft policy improvement, reparameterised through e and xi.
-        for p in self.q_parameters:  # the critics only pass the gradient on here
-            p.requires_grad_(False)
         entropy = entropy_bound(y, mean, log_std).mean()
         actor_loss = -alpha * entropy - self.q_value(obs[:, None], torch.tanh(y)).mean()
-        for p in self.q_parameters:
-            p.requires_grad_(True)
 
         # 2. KL to the slow copy, the latent shared: an upper bound, by joint convexity.
         kl = gaussian_kl(mean, log_std, mean_k, log_std_k).mean()
@@ -632,7 +636,7 @@ class Agent(nn.Module):
             metrics["losses/meanflow_loss"] = regression
             metrics["diagnostics/ess"] = (1 / (weights**2).sum(-1)).mean()
         self.policy_optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=[*self.policy.parameters()])  # the critics only pass the gradient on
         self.policy_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_([*self.slow_policy.parameters()], [*self.policy.parameters()], args.policy_tau)
@@ -685,7 +689,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.nd
 
     `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do.
 
-    Training's random state is left as it was, and the result depends on the weights and `seed` alone.
+    Training's random state (torch's) is left as it was, and the result depends on the weights and `seed` alone.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -708,13 +712,13 @@ def due(step: int, every: int, stride: int) -> bool:
     return every > 0 and step // every > (step - stride) // every
 
 
-def load_file(path: str | Path, flag: str, device: torch.device, **options) -> dict:
-    """Read what this script saved; anything else ends the program with one line. No code in the file is run."""
+def load_file(path: str | Path, flag: str, **options) -> dict:
+    """Read what this script saved, to the CPU; no code in it is run. Anything else ends the program with one line."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
         if damaged:
             raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, map_location=device, weights_only=True, **options)
+        saved = torch.load(path, map_location="cpu", weights_only=True, **options)
         if saved["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {saved['script']}.py")
         unknown = saved["args"].keys() ^ dataclasses.asdict(Args()).keys()
@@ -728,11 +732,11 @@ def load_file(path: str | Path, flag: str, device: torch.device, **options) -> d
 
 def evaluate_saved(args: Args, device: torch.device) -> None:
     """`--evaluate PATH`: load the weights in model.pt or checkpoint.pt and print the return that they reach."""
-    saved = load_file(args.evaluate, "--evaluate", device)
+    saved = load_file(args.evaluate, "--evaluate")
     trained = Args(**saved["args"])
     if args.capture_video:
         check_video(trained.env_id)
-    video_folder = f"{Path(args.evaluate).parent}/videos" if args.capture_video else None
+    video_folder = f"{Path(args.evaluate).parent}/videos_evaluate" if args.capture_video else None
     envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
     agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
     agent.load_state_dict(saved["agent"])
@@ -772,8 +776,8 @@ def derive_seed(*key: int) -> int:
 def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
     """Seed every random generator and begin new episodes; returns their first observations.
 
-    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are the
-    same bit for bit, whatever generators an environment keeps.
+    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are, on
+    a CPU, the same bit for bit, whatever generators an environment keeps.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -787,7 +791,7 @@ def parse_args(line: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=line)
     if args.resume is None:
         return args
-    saved = load_file(Path(args.resume, "checkpoint.pt"), "--resume", torch.device("cpu"), mmap=True)
+    saved = load_file(Path(args.resume, "checkpoint.pt"), "--resume", mmap=True)
     args = tyro.cli(Args, args=line, default=Args(**saved["args"]))
     for name, before in saved["args"].items():
         now = getattr(args, name)
@@ -825,16 +829,17 @@ def train(args: Args) -> None:
     buffer_device = device if on_gpu else torch.device("cpu")
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
 
-    start_step, num_updates, metrics = 0, 0, None
+    start_step, num_updates, metrics = 0, 0, {}
     if args.resume:
         run = Path(args.resume)
-        saved = load_file(run / "checkpoint.pt", "--resume", device)
+        saved = load_file(run / "checkpoint.pt", "--resume")
         try:
             agent.load_state_dict(saved["agent"])
             for name, optimizer in optimizers(agent).items():
                 optimizer.load_state_dict(saved["optimizers"][name])
             buffer.load_state_dict(saved["buffer"])
-            start_step, num_updates, metrics = saved["global_step"], saved["num_updates"], saved["metrics"]
+            start_step, num_updates = saved["global_step"], saved["num_updates"]
+            metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
@@ -848,7 +853,7 @@ def train(args: Args) -> None:
             except FileExistsError:
                 run = run.with_name(run.name + "x")
 
-    video_folder = f"{run}/videos" if args.capture_video else None
+    video_folder = f"{run}/videos_from_{start_step}" if args.capture_video else None
     num_eval_envs = args.eval_episodes if args.eval_frequency else 0
     eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(num_eval_envs)]
     if args.track:
@@ -868,7 +873,8 @@ def train(args: Args) -> None:
     if not args.resume:
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    threading.excepthook = lambda _: None  # when TensorBoard's thread dies, our next call to it says why
+    # When TensorBoard's thread dies of a full disk, our next call to it says so.
+    threading.excepthook = lambda hook: hook.exc_type is OSError or threading.__excepthook__(hook)
     warned = set()
 
     def warn(message: str) -> None:
@@ -889,7 +895,8 @@ def train(args: Args) -> None:
 
     def on_signal(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)  # the second one stops at once
         tqdm.write("stopping with a checkpoint; once more to stop at once")
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -909,7 +916,7 @@ def train(args: Args) -> None:
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 batch = buffer.sample(args.batch_size, device)
-                metrics = (metrics or {}) | agent.update(*batch)
+                metrics |= agent.update(*batch)
                 num_updates += 1
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -927,10 +934,11 @@ def train(args: Args) -> None:
             # A checkpoint that is due waits for an episode's end, but not for ever.
             since, every = global_step - saved_step, args.checkpoint_frequency
             save_now = 0 < every <= since and (dones.any() or args.num_envs > 1 or since >= 2 * every)
-            save_now |= global_step == last_step or len(signals) > 0
+            stopping = len(signals) > 0  # a signal that comes later than here is for the next step
+            save_now |= global_step == last_step or stopping
             log_now = due(global_step, args.log_frequency, args.num_envs)
             if metrics and (log_now or save_now or device.type == "cpu"):
-                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # the only sync
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # syncs
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
@@ -951,7 +959,7 @@ def train(args: Args) -> None:
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
             if save_now:
-                if not all(p.isfinite().all() for p in agent.parameters()):
+                if not all(x.isfinite().all() for x in agent.state_dict().values()):
                     raise FloatingPointError("a network's weight is not finite")
                 buffer.skip(1)
                 saved = {
@@ -966,16 +974,19 @@ def train(args: Args) -> None:
                 }
                 if save_file(saved, run / "checkpoint.pt"):
                     safe_step = global_step
+                del saved["buffer"]  # a copy of all that is in it
                 saved_step = global_step
                 obs = restart(derive_seed(args.seed, global_step, 1), envs)
-            if signals:
-                ending = f"stopped at step {global_step}"
+            if stopping and global_step < last_step:
+                ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
                 break
     except (EnvError, FloatingPointError) as error:
         evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
         save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")
         ending = f"error: {error}, at step {global_step} (seed {args.seed}); what led there is in {run}/fault.pt"
+        exit_code = 1
     progress.close()
+    threading.excepthook = threading.__excepthook__
     for number, handler in handlers.items():
         signal.signal(number, handler)
     for env in (envs, *eval_envs):
@@ -983,7 +994,7 @@ def train(args: Args) -> None:
     if ending:
         again = f"python {Path(__file__).name} --resume {run}"
         print(f"{ending}; " + ("there is no checkpoint" if safe_step is None else f"from step {safe_step}: {again}"))
-        sys.exit(128 + signals[0] if signals else 1)
+        sys.exit(exit_code)
     if args.save_model:
         save_file({name: saved[name] for name in ("script", "args", "agent")}, run / "model.pt")
     print(f"The run's files are in {run}")

@@ -14,7 +14,14 @@ FAULTS = {  # id: what goes wrong, as the scripts should report it
     "WrongDtype-v0": "step returned an observation <U4 (3,) instead of float32 (3,)",
     "NoReward-v0": "step raised TypeError",
     "WrongLength-v0": "step raised ValueError: not enough values",
+    "OldStep-v0": "step raised ValueError: not enough values",
+    "HugeObservation-v0": "step returned the observation [1e+300,",
 }
+
+
+def stall():
+    print("stalling", flush=True)
+    time.sleep(10)
 
 
 class Walk(gym.Env):
@@ -56,9 +63,15 @@ class Walk(gym.Env):
                     reward = None
                 case "WrongLength-v0":
                     return ()
+                case "OldStep-v0":
+                    return obs, reward, False, {}
+                case "HugeObservation-v0":
+                    obs = obs.astype(np.float64)
+                    obs[0] = 1e300
                 case "Stall-v0":
-                    print("stalling", flush=True)
-                    time.sleep(10)
+                    stall()
+                case "StallInEvaluation-v0" if self.resets == 3:  # in the training environment it is the fourth
+                    stall()
         return obs, reward, False, self.length == 20, {}
 
 
@@ -66,4 +79,5 @@ gym.register("Walk-v0", Walk)
 for name in FAULTS:
     when = 7 if name == "RaiseInReset-v0" else 130
     gym.register(name, Walk, kwargs={"fault": name, "when": when}, disable_env_checker=True)
-gym.register("Stall-v0", Walk, kwargs={"fault": "Stall-v0", "when": 130}, disable_env_checker=True)
+for name, when in (("Stall-v0", 130), ("StallInEvaluation-v0", 50)):
+    gym.register(name, Walk, kwargs={"fault": name, "when": when}, disable_env_checker=True)

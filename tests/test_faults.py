@@ -131,17 +131,40 @@ def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(scrip
     assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 140
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags("sac_continuous", "Stall-v0")]
-    running = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def stalled(folder, *line):
+    """A run that has come to the stall of its environment."""
+    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags("sac_continuous", *line)]
+    running = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while running.stdout.readline().strip() != "stalling":
         assert running.poll() is None
+    return running
+
+
+def test_a_signal_during_an_evaluation_stops_the_run_at_the_next_step_with_a_checkpoint(tmp_path):
+    running = stalled(tmp_path, "StallInEvaluation-v0")
+    running.terminate()
+    out, _ = running.communicate()
+    assert running.returncode == 143 and "stopped at step 221; from step 221: python" in out
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 221
+
+
+def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path):
+    running = stalled(tmp_path, "StallInEvaluation-v0", 220, 40, "--save-model")
+    running.terminate()
+    out, _ = running.communicate()
+    assert running.returncode == 0 and out.splitlines()[-1].startswith("The run's files are in")
+    assert (only_run(tmp_path) / "model.pt").exists()
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(second, tmp_path):
+    running = stalled(tmp_path, "Stall-v0")
     before = time.time()
     running.send_signal(signal.SIGINT)
     while "once more" not in running.stdout.readline():
         assert running.poll() is None
-    running.send_signal(signal.SIGINT)
-    assert running.wait() == -signal.SIGINT and time.time() - before < 8  # the stall takes 10
+    running.send_signal(second)
+    assert running.wait() == -second and time.time() - before < 8  # the stall takes 10
     assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 120
 
 

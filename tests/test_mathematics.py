@@ -375,7 +375,7 @@ def test_the_critics_target_holds_the_entropy_of_the_likelihood_in_use(likelihoo
         _, trajectory = mfpo.sample_flow(noise_agent.actor, next_obs, noise, 2)
         log_prob = {
             "adn": mfpo.flow_log_prob(noise_agent.divergence, next_obs, trajectory),
-            "exact": noise_agent.exact_log_prob(next_obs, noise),
+            "exact": mfpo.exact_log_prob(lambda e: noise_agent.sampler(next_obs, e)[0], noise),
             "none": torch.zeros(40),
         }[likelihood]
     torch.testing.assert_close(targets[0] @ agent.atoms, -0.5 * 100 * log_prob, rtol=1e-3, atol=0.05)
@@ -398,7 +398,7 @@ def test_without_meanflow_the_sampler_is_euler_and_the_regression_is_on_the_inst
         assert torch.equal(t, r)
         velocity = torch.randn(40, 2)
         loss = agent.meanflow_loss(agent.actor, obs, noise, r, t, velocity, velocity)
-        torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).mean())
+        torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).sum(-1).mean())
 
 
 def test_clipped_double_q_takes_the_smaller_mean_and_otherwise_the_average():
