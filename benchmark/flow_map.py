@@ -37,7 +37,7 @@ BASE = {
 VARIANTS = {
     "paper's recipe": {},
     "exact velocity": {"velocity": "marginal"},
-    "4 x the proposals": {"k": (32, 64)},
+    "twice the proposals (16 : 32)": {"k": (16, 32)},
     "uniform times, data proportion 0.25": {"times": "uniform", "data": 0.25},
     "cosine learning-rate decay": {"decay": True},
     "EMA of the policy (0.998)": {"ema": 0.998},
