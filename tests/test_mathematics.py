@@ -72,15 +72,16 @@ def test_average_divergence_network_learns_the_exact_log_prob():
         return torch.where(t - r > 1e-6, x * (1 - sigma(r) / sigma(t)) / interval, instantaneous)
 
     torch.manual_seed(0)
-    agent = mfpo.Agent(1, d, mfpo.Args(learning_rate=1e-3), torch.device("cpu"))
-    obs = torch.zeros(256, 1)
-    updates = 1500
+    args = mfpo.Args(learning_rate=2e-3, time_distribution="uniform", data_proportion=0.25)
+    agent = mfpo.Agent(1, d, args, torch.device("cpu"))
+    obs = torch.zeros(64, 1)
+    updates = 3000
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(agent.divergence_optimizer, updates)
     for _ in range(updates):
-        t, r = mfpo.sample_times(256, 0.75, "logit_normal", torch.device("cpu"))
-        x_t = sigma(t) * torch.randn(256, d)
+        t, r = mfpo.sample_times(64, 0.25, "uniform", torch.device("cpu"))
+        x_t = sigma(t) * torch.randn(64, d)
         velocity, divergence = mfpo.hutchinson_divergence(
-            lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 256, d)
+            lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 64, d)
         )
         loss = agent.meanflow_loss(agent.divergence, obs, x_t, r, t, velocity, divergence)
         agent.divergence_optimizer.zero_grad()
@@ -93,7 +94,7 @@ def test_average_divergence_network_learns_the_exact_log_prob():
     exact = scipy.stats.norm(scale=s).logpdf(action.numpy()).sum(-1)
     untrained_error = abs(scipy.stats.norm().logpdf(action.numpy() / s).sum(-1) - exact).mean()
     assert untrained_error > 1.0  # without the divergence term the log-density would be 2 log 2 off
-    assert np.abs(log_prob.numpy() - exact).mean() < 0.15  # 0.09 after 1,500 updates; it falls with training
+    assert np.abs(log_prob.numpy() - exact).mean() < 0.05
 
 
 def test_hutchinson_divergence_is_unbiased():
@@ -283,13 +284,13 @@ def test_exact_log_prob_against_brute_force_jacobians():
 
 
 def test_exact_log_prob_against_the_density_of_samples_in_one_dimension():
-    """The share of 400,000 samples in each bin, against the density's integral over the bin."""
+    """The share of 100,000 samples in each bin, against the density's integral over the bin."""
     torch.manual_seed(0)
     actor = small_flow(action_dim=1)
     obs = torch.randn(3).double()
     sampler = lambda e: mfpo.sample_flow(actor, obs, e, 2)[0]  # noqa: E731
     with torch.no_grad():
-        samples = sampler(torch.randn(400_000, 1).double())[:, 0]
+        samples = sampler(torch.randn(100_000, 1).double())[:, 0]
         noise = torch.linspace(-6, 6, 20_001).double()[:, None]
         x, density = sampler(noise)[:, 0], mfpo.exact_log_prob(sampler, noise).exp()
     assert (x.diff() > 0).all()  # the map is monotone, so that x is a grid to integrate on
@@ -297,7 +298,7 @@ def test_exact_log_prob_against_the_density_of_samples_in_one_dimension():
     cdf = scipy.integrate.cumulative_trapezoid(density, x, initial=0)
     assert cdf[-1] == pytest.approx(1, abs=1e-4)
     shares = np.diff(np.interp(edges, x, cdf))
-    np.testing.assert_allclose(shares, np.histogram(samples, edges)[0] / len(samples), atol=0.002)
+    np.testing.assert_allclose(shares, np.histogram(samples, edges)[0] / len(samples), atol=0.004)
 
 
 def batch():
