@@ -6,7 +6,7 @@
 For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
 grid, the probability near each goal (in its quadrant), the entropy of the histogram in nats and, for MFPO, the error of
 its log pi. Prints means over the runs of each --exp-name, writes <out>.csv and <out>.png.
-Needs `pip install -r requirements-benchmark.txt`.
+Needs `pip install -r requirements-dev.txt`.
 """
 
 import csv

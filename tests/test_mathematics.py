@@ -80,9 +80,7 @@ def test_average_divergence_network_learns_the_exact_log_prob():
     for _ in range(updates):
         t, r = mfpo.sample_times(64, 0.25, "uniform", torch.device("cpu"))
         x_t = sigma(t) * torch.randn(64, d)
-        velocity, divergence = mfpo.hutchinson_divergence(
-            lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 64, d)
-        )
+        velocity, divergence = mfpo.hutchinson_divergence(lambda x, t=t: flow(obs, x, t, t), x_t, torch.randn(2, 64, d))
         loss = agent.meanflow_loss(agent.divergence, obs, x_t, r, t, velocity, divergence)
         agent.divergence_optimizer.zero_grad()
         loss.backward()
