@@ -648,7 +648,7 @@ class Agent(nn.Module):
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def meanflow_loss(self, network, obs, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
-        """Mean squared error between `network` and its stop-gradient MeanFlow target (MeanFlow, equation 9).
+        """Mean over the batch of | network - stop-gradient MeanFlow target |^2, summed over d (MeanFlow, equation 9).
 
         Where r = t the target is `instantaneous`, so the derivative is taken for the rest of the batch alone.
         """

@@ -117,10 +117,7 @@ def test_a_run_killed_20_times_is_the_run_that_was_never_killed(script, tmp_path
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(script, number, tmp_path):
-    line = [sys.executable, str(ROOT / f"{script}.py"), *flags(script, "Stall-v0")]
-    running = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while running.stdout.readline().strip() != "stalling":
-        assert running.poll() is None
+    running = stalled(tmp_path, "Stall-v0", script=script)
     running.send_signal(number)
     out, err = running.communicate()
     assert running.returncode == 128 + number and "Traceback" not in err
@@ -131,9 +128,9 @@ def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(scrip
     assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 140
 
 
-def stalled(folder, *line):
+def stalled(folder, *line, script="sac_continuous"):
     """A run that has come to the stall of its environment."""
-    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags("sac_continuous", *line)]
+    line = [sys.executable, str(ROOT / f"{script}.py"), *flags(script, *line)]
     running = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while running.stdout.readline().strip() != "stalling":
         assert running.poll() is None
