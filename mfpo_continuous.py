@@ -42,6 +42,7 @@ import time
 import zipfile
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,8 @@ class Args:
     """ask PyTorch for deterministic kernels"""
     cuda: bool = True
     """train on the GPU when there is one"""
+    cuda_graph: bool = True
+    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
     track: bool = False
     """also log to Weights and Biases (needs `pip install wandb`)"""
     wandb_project_name: str = "meanflow-rl"
@@ -102,6 +105,8 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
+    policy_frequency: int = 1
+    """updates of the critics per update of the policy and the temperature"""
     eval_frequency: int = 10_000
     """environment steps between two evaluations; 0 turns them off"""
     eval_episodes: int = 10
@@ -161,7 +166,8 @@ class EnvError(Exception):
 
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
-    for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
+    positive = ("total_timesteps", "num_envs", "buffer_size", "batch_size", "policy_frequency", "log_frequency")
+    for name in (*positive, "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
@@ -350,6 +356,40 @@ class ReplayBuffer:
             self.observations[(row + 1) % self.rows, env],
         )
         return tuple(x.to(device) for x in batch)
+
+
+class CudaGraph:
+    """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
+
+    Graphs want the same shapes in every call. A replay draws fresh random numbers. What is returned lies where the
+    next replay will write: use it, or copy it, before.
+    """
+
+    warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
+
+    def __init__(self, function, enabled: bool):
+        self.function, self.enabled = function, enabled
+        self.calls, self.graph = 0, None
+        self.stream = torch.cuda.Stream() if enabled else None
+
+    def __call__(self, *inputs: torch.Tensor):
+        if not self.enabled:
+            return self.function(*inputs)
+        self.calls += 1
+        if self.calls <= self.warmup:  # on a side stream, as recording will be
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given)
+        self.graph.replay()
+        return self.outputs
 
 
 def check_algorithm(args: Args) -> None:
@@ -573,7 +613,7 @@ class Agent(nn.Module):
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         self.q_optimizer, self.actor_optimizer, self.divergence_optimizer, self.alpha_optimizer = (
-            torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
+            torch.optim.Adam(parameters, lr=args.learning_rate, fused=True, capturable=True)
             for parameters in (
                 self.q_parameters, self.actor.parameters(), self.divergence.parameters(), [self.log_alpha]
             )
@@ -611,6 +651,79 @@ class Agent(nn.Module):
     def eval_actions(self, obs: torch.Tensor) -> torch.Tensor:
         """Actions (B, d) for evaluation."""
         return self.sample_actions(obs, self.args.eval_candidates)
+
+    def update(self, obs, actions, rewards, terminations, next_obs, with_policy=True) -> dict[str, torch.Tensor]:
+        """One step on the critics and, `with_policy`, on policy, average divergence and temperature; scalars to log."""
+        alpha = self.log_alpha.detach().exp()
+        metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
+        if with_policy:
+            metrics |= self.update_policy(obs, alpha)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
+        """One step on the critics, with a' from the current policy (there is no target actor), and on their targets."""
+        args = self.args
+        with torch.no_grad():
+            noise = torch.randn(len(obs), self.action_dim, device=obs.device)
+            a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
+            a_next = a_next.clamp(-1, 1)
+            soft_atoms = self.atoms - (alpha * next_log_prob)[:, None]  # (B, N)
+            atoms = rewards[:, None] + args.gamma * (1 - terminations)[:, None] * soft_atoms
+            probs1, probs2 = (
+                project_categorical(qf(next_obs, a_next).softmax(-1), atoms, args.v_min, args.v_max)
+                for qf in (self.qf1_target, self.qf2_target)
+            )
+            if args.clipped_double_q:
+                target_probs = torch.where((probs1 @ self.atoms < probs2 @ self.atoms)[:, None], probs1, probs2)
+            else:
+                target_probs = (probs1 + probs2) / 2
+        logits1, logits2 = self.qf1(obs, actions), self.qf2(obs, actions)
+        qf1_loss, qf2_loss = F.cross_entropy(logits1, target_probs), F.cross_entropy(logits2, target_probs)
+        self.q_optimizer.zero_grad()
+        (qf1_loss + qf2_loss).backward()
+        self.q_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
+            q_probs = torch.stack([logits1, logits2]).softmax(-1)
+            q1_values, q2_values = (q_probs @ self.atoms).mean(1)
+        return {
+            "losses/qf1_values": q1_values,
+            "losses/qf2_values": q2_values,
+            "losses/qf1_loss": qf1_loss,
+            "losses/qf2_loss": qf2_loss,
+            "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+            "diagnostics/edge_mass": (q_probs[..., 0] + q_probs[..., -1]).mean(),
+        }
+
+    def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on the policy: regress its average velocity on the Boltzmann policy's; then on what follows it."""
+        t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
+        x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
+        actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+
+        metrics = {
+            "losses/actor_loss": actor_loss,
+            "losses/alpha": alpha,
+            "diagnostics/ess_policy": ess_policy.mean(),
+            "diagnostics/ess_gaussian": ess_gaussian.mean(),
+            "diagnostics/policy_proposal_weight": share.mean(),
+            "diagnostics/clipped_fraction": clipped.mean(),
+        }
+        entropy = -log_prob.mean()
+        if self.args.likelihood != "none":
+            metrics["diagnostics/entropy"] = entropy
+        if self.args.likelihood == "adn":
+            metrics["losses/divergence_loss"] = self.update_divergence(obs, a_0)
+        if self.args.autotune:
+            alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
+            self.alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            self.alpha_optimizer.step()
+            metrics["losses/alpha_loss"] = alpha_loss
+        return metrics
 
     @torch.no_grad()
     def estimate_velocity(self, obs: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor):
@@ -675,72 +788,6 @@ class Agent(nn.Module):
         self.divergence_optimizer.step()
         return loss
 
-    def update(self, obs, actions, rewards, terminations, next_obs) -> dict[str, torch.Tensor]:
-        """One step on critics, their targets, policy, average divergence and temperature; returns scalars to log."""
-        args, batch_size, device = self.args, len(obs), obs.device
-        alpha = self.log_alpha.detach().exp()
-
-        # Critics: a' from the current policy; there is no target actor.
-        with torch.no_grad():
-            noise = torch.randn(batch_size, self.action_dim, device=device)
-            a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
-            a_next = a_next.clamp(-1, 1)
-            soft_atoms = self.atoms - (alpha * next_log_prob)[:, None]  # (B, N)
-            atoms = rewards[:, None] + args.gamma * (1 - terminations)[:, None] * soft_atoms
-            probs1, probs2 = (
-                project_categorical(qf(next_obs, a_next).softmax(-1), atoms, args.v_min, args.v_max)
-                for qf in (self.qf1_target, self.qf2_target)
-            )
-            if args.clipped_double_q:
-                target_probs = torch.where((probs1 @ self.atoms < probs2 @ self.atoms)[:, None], probs1, probs2)
-            else:
-                target_probs = (probs1 + probs2) / 2
-        logits1, logits2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = F.cross_entropy(logits1, target_probs), F.cross_entropy(logits2, target_probs)
-        self.q_optimizer.zero_grad()
-        (qf1_loss + qf2_loss).backward()
-        self.q_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
-
-        # Policy: regress the average velocity on the Boltzmann policy's.
-        t, r = sample_times(batch_size, self.data_proportion, args.time_distribution, device)
-        x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
-        actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
-        self.actor_optimizer.zero_grad()
-        actor_loss.backward()
-        self.actor_optimizer.step()
-
-        entropy = -log_prob.mean()
-        with torch.no_grad():
-            q_probs = torch.stack([logits1, logits2]).softmax(-1)
-            q1_values, q2_values = (q_probs @ self.atoms).mean(1)
-        metrics = {
-            "losses/qf1_values": q1_values,
-            "losses/qf2_values": q2_values,
-            "losses/qf1_loss": qf1_loss,
-            "losses/qf2_loss": qf2_loss,
-            "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-            "losses/actor_loss": actor_loss,
-            "losses/alpha": alpha,
-            "diagnostics/ess_policy": ess_policy.mean(),
-            "diagnostics/ess_gaussian": ess_gaussian.mean(),
-            "diagnostics/policy_proposal_weight": share.mean(),
-            "diagnostics/clipped_fraction": clipped.mean(),
-            "diagnostics/edge_mass": (q_probs[..., 0] + q_probs[..., -1]).mean(),
-        }
-        if args.likelihood != "none":
-            metrics["diagnostics/entropy"] = entropy
-        if args.likelihood == "adn":
-            metrics["losses/divergence_loss"] = self.update_divergence(obs, a_0)
-        if args.autotune:
-            alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
-            self.alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            self.alpha_optimizer.step()
-            metrics["losses/alpha_loss"] = alpha_loss
-        return {name: value.detach() for name, value in metrics.items()}
-
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
         """What is too costly for every update, at states (B, obs_dim).
@@ -780,16 +827,15 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.nd
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-        returns, running = np.zeros(len(envs)), list(range(len(envs)))
+        returns, running = np.zeros(len(envs)), set(range(len(envs)))
         while running:
+            # For all environments, also those that are done: a CUDA graph wants one shape.
             actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
-            still_running = []
-            for i in running:
+            for i in tuple(running):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
                 returns[i] += reward
-                if not (terminated or truncated):
-                    still_running.append(i)
-            running = still_running
+                if terminated or truncated:
+                    running.remove(i)
     return returns
 
 
@@ -901,6 +947,7 @@ def train(args: Args) -> None:
         [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
     )
     obs = restart(args.seed, envs)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
@@ -987,23 +1034,35 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def update(with_policy: bool):
+        batch = buffer.sample(args.batch_size, device)
+        return batch, agent.update(*batch, with_policy)
+
+    graphed = args.cuda_graph and on_gpu  # from a buffer on the host, sampling copies, which no graph can record
+    updates = [CudaGraph(partial(update, with_policy), graphed) for with_policy in (False, True)]
+    act = CudaGraph(agent.sample_actions, graphed)
+    players = {
+        "eval": CudaGraph(agent.eval_actions, graphed),
+        "eval_exploring": CudaGraph(agent.sample_actions, graphed),
+    }
+
     batch, saved_step, ending = None, start_step, None
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
     start_time, last_return = time.time(), math.nan
-    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0)
+    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     try:
         for global_step in range(start_step + args.num_envs, last_step + 1, args.num_envs):
             if global_step <= args.learning_starts:
                 actions = envs.action_space.sample()
             else:
-                actions = agent.sample_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+                actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
 
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
-                batch = buffer.sample(args.batch_size, device)
-                metrics |= agent.update(*batch)
                 num_updates += 1
+                batch, scalars = updates[num_updates % args.policy_frequency == 0]()
+                metrics |= scalars
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
             dones = terminations | truncations
@@ -1039,8 +1098,8 @@ def train(args: Args) -> None:
                     torch.manual_seed(derive_seed(args.seed, global_step, 2))
                     log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
-                for tag, act in (("eval", agent.eval_actions), ("eval_exploring", agent.sample_actions)):
-                    returns = evaluate(act, eval_envs, derive_seed(args.seed, global_step, 0), device)
+                for tag, play in players.items():
+                    returns = evaluate(play, eval_envs, derive_seed(args.seed, global_step, 0), device)
                     mean, std = returns.mean(), returns.std()
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")

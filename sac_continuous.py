@@ -39,6 +39,7 @@ import time
 import zipfile
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -61,6 +62,8 @@ class Args:
     """ask PyTorch for deterministic kernels"""
     cuda: bool = True
     """train on the GPU when there is one"""
+    cuda_graph: bool = True
+    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
     track: bool = False
     """also log to Weights and Biases (needs `pip install wandb`)"""
     wandb_project_name: str = "meanflow-rl"
@@ -98,6 +101,8 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
+    policy_frequency: int = 1
+    """updates of the critics per update of the policy and the temperature"""
     eval_frequency: int = 10_000
     """environment steps between two evaluations; 0 turns them off"""
     eval_episodes: int = 10
@@ -128,7 +133,8 @@ class EnvError(Exception):
 
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
-    for name in ("total_timesteps", "num_envs", "buffer_size", "batch_size", "log_frequency", "eval_episodes"):
+    positive = ("total_timesteps", "num_envs", "buffer_size", "batch_size", "policy_frequency", "log_frequency")
+    for name in (*positive, "eval_episodes"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
@@ -319,6 +325,40 @@ class ReplayBuffer:
         return tuple(x.to(device) for x in batch)
 
 
+class CudaGraph:
+    """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
+
+    Graphs want the same shapes in every call. A replay draws fresh random numbers. What is returned lies where the
+    next replay will write: use it, or copy it, before.
+    """
+
+    warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
+
+    def __init__(self, function, enabled: bool):
+        self.function, self.enabled = function, enabled
+        self.calls, self.graph = 0, None
+        self.stream = torch.cuda.Stream() if enabled else None
+
+    def __call__(self, *inputs: torch.Tensor):
+        if not self.enabled:
+            return self.function(*inputs)
+        self.calls += 1
+        if self.calls <= self.warmup:  # on a side stream, as recording will be
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
 def check_algorithm(args: Args) -> None:
     """The part of `check_args` that belongs to this algorithm."""
     for name in ("policy_lr", "q_lr"):
@@ -389,9 +429,9 @@ class Agent(nn.Module):
         self.to(device)
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
-        self.q_optimizer = torch.optim.Adam(self.q_parameters, lr=args.q_lr, fused=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
+        self.q_optimizer = torch.optim.Adam(self.q_parameters, lr=args.q_lr, fused=True, capturable=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True, capturable=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True, capturable=True)
 
     @torch.no_grad()
     def sample_actions(self, obs: torch.Tensor) -> torch.Tensor:
@@ -404,10 +444,16 @@ class Agent(nn.Module):
         """Actions (B, d) for evaluation: the squashed mean."""
         return torch.tanh(self.actor(obs)[0])
 
-    def update(self, obs, actions, rewards, terminations, next_obs) -> dict[str, torch.Tensor]:
-        """One step on the critics, their targets, the actor and the temperature; returns scalars for the log."""
+    def update(self, obs, actions, rewards, terminations, next_obs, with_policy=True) -> dict[str, torch.Tensor]:
+        """One step on the critics and, `with_policy`, on the policy; returns scalars for the log."""
         alpha = self.log_alpha.detach().exp()
+        metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
+        if with_policy:
+            metrics |= self.update_policy(obs, alpha)
+        return {name: value.detach() for name, value in metrics.items()}
 
+    def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
+        """One step on the critics and their targets."""
         with torch.no_grad():
             mean, log_std = self.actor(next_obs)
             next_actions, next_log_prob = squashed_gaussian(mean, log_std, torch.randn_like(mean))
@@ -420,7 +466,16 @@ class Agent(nn.Module):
         self.q_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, self.args.tau)
+        return {
+            "losses/qf1_values": q1.mean(),
+            "losses/qf2_values": q2.mean(),
+            "losses/qf1_loss": qf1_loss,
+            "losses/qf2_loss": qf2_loss,
+            "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+        }
 
+    def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on the actor and on the temperature."""
         mean, log_std = self.actor(obs)
         pi, log_prob = squashed_gaussian(mean, log_std, torch.randn_like(mean))
         actor_loss = (alpha * log_prob - torch.minimum(self.qf1(obs, pi), self.qf2(obs, pi))).mean()
@@ -429,23 +484,14 @@ class Agent(nn.Module):
         self.actor_optimizer.step()
 
         entropy = -log_prob.detach().mean()
-        metrics = {
-            "losses/qf1_values": q1.mean(),
-            "losses/qf2_values": q2.mean(),
-            "losses/qf1_loss": qf1_loss,
-            "losses/qf2_loss": qf2_loss,
-            "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-            "losses/actor_loss": actor_loss,
-            "losses/alpha": alpha,
-            "diagnostics/entropy": entropy,
-        }
+        metrics = {"losses/actor_loss": actor_loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
         if self.args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
             self.alpha_optimizer.zero_grad()
             alpha_loss.backward()
             self.alpha_optimizer.step()
             metrics["losses/alpha_loss"] = alpha_loss
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
@@ -467,16 +513,15 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.nd
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-        returns, running = np.zeros(len(envs)), list(range(len(envs)))
+        returns, running = np.zeros(len(envs)), set(range(len(envs)))
         while running:
+            # For all environments, also those that are done: a CUDA graph wants one shape.
             actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
-            still_running = []
-            for i in running:
+            for i in tuple(running):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
                 returns[i] += reward
-                if not (terminated or truncated):
-                    still_running.append(i)
-            running = still_running
+                if terminated or truncated:
+                    running.remove(i)
     return returns
 
 
@@ -588,6 +633,7 @@ def train(args: Args) -> None:
         [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
     )
     obs = restart(args.seed, envs)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
@@ -674,23 +720,35 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def update(with_policy: bool):
+        batch = buffer.sample(args.batch_size, device)
+        return batch, agent.update(*batch, with_policy)
+
+    graphed = args.cuda_graph and on_gpu  # from a buffer on the host, sampling copies, which no graph can record
+    updates = [CudaGraph(partial(update, with_policy), graphed) for with_policy in (False, True)]
+    act = CudaGraph(agent.sample_actions, graphed)
+    players = {
+        "eval": CudaGraph(agent.eval_actions, graphed),
+        "eval_exploring": CudaGraph(agent.sample_actions, graphed),
+    }
+
     batch, saved_step, ending = None, start_step, None
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
     start_time, last_return = time.time(), math.nan
-    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0)
+    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
     try:
         for global_step in range(start_step + args.num_envs, last_step + 1, args.num_envs):
             if global_step <= args.learning_starts:
                 actions = envs.action_space.sample()
             else:
-                actions = agent.sample_actions(torch.from_numpy(obs).to(device)).cpu().numpy()
+                actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
 
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
-                batch = buffer.sample(args.batch_size, device)
-                metrics |= agent.update(*batch)
                 num_updates += 1
+                batch, scalars = updates[num_updates % args.policy_frequency == 0]()
+                metrics |= scalars
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
             dones = terminations | truncations
@@ -726,8 +784,8 @@ def train(args: Args) -> None:
                     torch.manual_seed(derive_seed(args.seed, global_step, 2))
                     log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
-                for tag, act in (("eval", agent.eval_actions), ("eval_exploring", agent.sample_actions)):
-                    returns = evaluate(act, eval_envs, derive_seed(args.seed, global_step, 0), device)
+                for tag, play in players.items():
+                    returns = evaluate(play, eval_envs, derive_seed(args.seed, global_step, 0), device)
                     mean, std = returns.mean(), returns.std()
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")

@@ -153,6 +153,35 @@ def test_buffer_holds_what_a_plain_loop_saw(num_envs, size, monkeypatch, tmp_pat
     assert counts.max() < 2 * counts.min() if len(wanted) < 100 else True  # uniform
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_policy_frequency(script, monkeypatch, tmp_path):
+    """The policy and the temperature learn in every third update and stay as they are in the others."""
+    module, seen = MODULES[script], []
+    real = module.Agent.update
+
+    def weights(agent):
+        actor = agent.policy if script == "smfp_continuous" else agent.actor
+        return torch.cat([x.detach().flatten() for x in (*actor.parameters(), agent.log_alpha)])
+
+    def update(agent, *batch):
+        before = weights(agent).clone()
+        metrics = real(agent, *batch)
+        seen.append(not torch.equal(weights(agent), before))
+        return metrics
+
+    monkeypatch.setattr(module.Agent, "update", update)
+    monkeypatch.chdir(tmp_path)
+    flags = {
+        "env_id": "Pendulum-v1",
+        "total_timesteps": 49,
+        "learning_starts": 40,
+        "batch_size": 4,
+        "eval_frequency": 0,
+    }
+    module.train(module.Args(**flags, policy_frequency=3))
+    assert seen == [False, False, True] * 3
+
+
 class Silent:
     def __getattr__(self, name):
         return lambda *arguments, **options: None
@@ -199,8 +228,18 @@ def source(script):
 
 
 def test_what_the_scripts_share_is_byte_identical():
-    shared = ["fail", "EnvError", "check_args", "CheckedEnv", "make_env", "check_video", "ReplayBuffer", "evaluate"]
-    shared += ["due", "load_file", "evaluate_saved", "save_file", "optimizers", "derive_seed", "restart", "parse_args"]
+    shared = ["fail", "EnvError", "check_args", "CheckedEnv", "make_env", "check_video", "ReplayBuffer", "CudaGraph"]
+    shared += [
+        "evaluate",
+        "due",
+        "load_file",
+        "evaluate_saved",
+        "save_file",
+        "optimizers",
+        "derive_seed",
+        "restart",
+        "parse_args",
+    ]
     shared += ["train"]
     pieces = {}
     for script in MODULES:

@@ -1,0 +1,102 @@
+"""CUDA graphs: what a machine without a GPU can check; and, with one, that every mode gives the same numbers."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CASES = [
+    ("sac_continuous", {}),
+    ("mfpo_continuous", {"policy_proposals": 4, "gaussian_proposals": 4}),
+    ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2, "likelihood": "exact"}),
+    ("smfp_continuous", {}),
+    ("smfp_continuous", {"critic": "crossq", "target_candidates": 2, "behavior_candidates": 4}),
+]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class OnlyOn(TorchDispatchMode):
+    """Fails at an operation that touches a tensor of another device: a graph records no copy from or to the host."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.operations = device, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations += 1
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor) and not leaf._is_zerotensor():  # forward mode's zeros have no storage
+                assert leaf.device == self.device, f"{function} has a tensor on {leaf.device}"
+        return result
+
+
+@pytest.mark.parametrize(("script", "options"), CASES)
+def test_sampling_updating_and_acting_never_look_at_the_host(script, options):
+    """On the meta device a number cannot be read and a host's tensor stands out: both would break a recording."""
+    module, device = importlib.import_module(script), torch.device("meta")
+    agent = module.Agent(11, 3, module.Args(**options), device)
+    for optimizer in module.optimizers(agent).values():
+        optimizer.step = lambda: None  # PyTorch's fused Adam knows no meta device; it is safe with capturable=True
+        assert optimizer.defaults["capturable"]
+    buffer = module.ReplayBuffer(100, 1, 11, 3, device)
+    with OnlyOn(device) as mode:
+        for with_policy in (True, False):
+            batch = buffer.sample(8, device)
+            metrics = agent.update(*batch, with_policy)
+            assert all(value.shape == () for value in metrics.values())
+        assert agent.sample_actions(batch[0]).shape == agent.eval_actions(batch[0]).shape == (8, 3)
+    assert mode.operations > 200
+
+
+def test_a_host_read_would_be_noticed():
+    x = torch.zeros(3, device="meta")
+    with pytest.raises(AssertionError, match="cpu"), OnlyOn(x.device):
+        x + torch.tensor(1.0)
+    with pytest.raises(RuntimeError):
+        x.sum().item()
+
+
+def trained(script, options, graphed, updates=100):
+    """An agent after some updates from a buffer on the GPU, eagerly or by graphs, and the losses on the way."""
+    module, device = importlib.import_module(script), torch.device("cuda")
+    torch.manual_seed(0)
+    agent = module.Agent(11, 3, module.Args(**options), device)
+    buffer = module.ReplayBuffer(1000, 1, 11, 3, device)
+    for tensor in (buffer.observations, buffer.actions, buffer.rewards):
+        tensor.uniform_(-1, 1)
+    buffer.starts.copy_(torch.arange(len(buffer.starts)))
+    buffer.span[1] = 1000
+    kinds = [
+        module.CudaGraph(lambda kind=kind: agent.update(*buffer.sample(64, device), kind), graphed)
+        for kind in (False, True)
+    ]
+    losses = [kinds[i % 4 != 3]()["losses/qf1_loss"].item() for i in range(updates)]
+    return agent, torch.tensor(losses)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("script", "options"), CASES)
+def test_graphed_training_equals_eager_training(script, options):
+    (eager, eager_losses), (graphed, graphed_losses) = (trained(script, options, flag) for flag in (False, True))
+    torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=1e-4)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(graphed.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@needs_cuda
+def test_replays_draw_fresh_noise_and_obey_the_seed():
+    module = importlib.import_module("sac_continuous")
+    draw = module.CudaGraph(lambda x: x + torch.randn(1000, device="cuda"), enabled=True)
+    zeros = torch.zeros(1000, device="cuda")
+    samples = [draw(zeros).clone() for _ in range(20)]
+    assert len({sample[0].item() for sample in samples}) == 20
+    assert abs(torch.stack(samples[4:]).std().item() - 1) < 0.05
+    again = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        again.append(draw(zeros).clone())
+    assert torch.equal(*again)
+    assert torch.equal(draw(zeros + 5) > 0, torch.ones(1000, dtype=torch.bool, device="cuda"))
