@@ -1,0 +1,36 @@
+"""The protocol between benchmark/speed.py and the processes that it times (no packages needed, so peers can use it).
+
+A process prints one line of JSON when it is ready; then, for each line on its input, it runs one round and prints the
+seconds that one update, one action and one best-of-N action took in it. Between rounds it sleeps, so that the
+processes of a comparison take turns on a machine and drift cancels.
+"""
+
+import json
+import resource
+import sys
+import time
+
+
+def seconds_per_call(function, wait, duration: float) -> float:
+    """Mean seconds of a call of `function`, over calls that fill `duration` seconds; `wait` ends what is under way."""
+    calls, begin = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - begin < duration:
+        function()
+        calls += 1
+    wait()
+    return (time.perf_counter() - begin) / calls
+
+
+def answer_rounds(update, action, best_action, wait, facts=dict, duration: float = 2.0) -> None:
+    """Warm up, then answer one round for each line on the input; `facts()` returns what else to report in each."""
+    for function in (update, action, best_action):
+        seconds_per_call(function, wait, duration / 2)
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        seconds = {
+            "update": seconds_per_call(update, wait, duration),
+            "action": seconds_per_call(action, wait, duration / 10),
+            "best_action": seconds_per_call(best_action, wait, duration / 10),
+        }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(seconds | {"peak_memory": peak} | facts()), flush=True)

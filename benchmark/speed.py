@@ -1,0 +1,279 @@
+"""How fast the scripts are: updates, actions and whole training loops, by task shape and mode, in one run.
+
+    python benchmark/speed.py --out benchmark/results/speed_cpu
+    python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX_PYTHON benchmark/peer_mfpo.py CHECKOUT" \\
+        --loop-peer "sac_continuous:CleanRL=PYTHON CHECKOUT/cleanrl/sac_continuous_action.py"
+
+Everything is measured in rounds that alternate between the processes compared (benchmark/rounds.py), so that a
+machine's drift cancels; what is reported is the median over the rounds, and their range. Updates and actions run in
+a process each, on random data: an action is one observation from NumPy to NumPy. Whole loops are the scripts as users
+start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
+
+The floor of an update is its floating-point operations in matrix products, counted by PyTorch, over the rate of one
+(rows, 256) x (256, 256) product measured in the same rounds, rows being those of the update's largest one.
+
+A peer is any command that follows benchmark/rounds.py, given the observation and action sizes as its last arguments;
+a loop peer is a CleanRL-like script, given --env-id, --seed, --learning-starts and --total-timesteps (CleanRL's needs
+PYTHONPATH=CHECKOUT and gymnasium 0.29). Each is compared with the script named before the colon.
+Writes <out>.csv, <out>.md and <out>.png.
+"""
+
+import csv
+import datetime
+import importlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+from benchmark.rounds import answer_rounds, seconds_per_call  # noqa: E402
+
+SHAPES = {"Hopper": (11, 3), "Humanoid": (376, 17), "Dog": (223, 38)}  # Dog: of DeepMind Control, 38 actions
+
+
+@dataclass
+class Args:
+    out: str = "speed"
+    """the results go to <out>.csv, <out>.md and <out>.png"""
+    scripts: tuple[str, ...] = ("sac_continuous", "smfp_continuous", "mfpo_continuous")
+    """what to time"""
+    shapes: tuple[str, ...] = ("Hopper", "Humanoid", "Dog")
+    """the sizes of observations and actions to time updates and actions at"""
+    tasks: tuple[str, ...] = ("Hopper-v4", "Humanoid-v4")
+    """the tasks to time the whole loop on"""
+    threads: int = os.cpu_count() or 1
+    """threads of each process; only one process works at a time"""
+    rounds: int = 5
+    """rounds of updates and actions"""
+    loop_rounds: int = 3
+    """rounds of the whole loop"""
+    loop_seconds: float = 15.0
+    """how long a loop is timed for in a round"""
+    peer: tuple[str, ...] = ()
+    """SCRIPT:NAME=COMMAND of a process that follows benchmark/rounds.py"""
+    loop_peer: tuple[str, ...] = ()
+    """SCRIPT:NAME=COMMAND of a training script with CleanRL's flags"""
+
+
+def largest_product(script: str) -> int:
+    """Rows of the largest matrix product of an update: the batch, or its part on a CPU, times samples per state."""
+    module = importlib.import_module(script)
+    args = module.Args()
+    if script == "mfpo_continuous":
+        states = args.batch_size if torch.cuda.is_available() else 32
+        return states * (args.policy_proposals + args.gaussian_proposals)
+    return args.batch_size * getattr(args, "latents", 1)
+
+
+def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
+    """The process that is timed: one agent at random data, answering rounds."""
+    module = importlib.import_module(script)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    args = module.Args()
+    agent = module.Agent(obs_dim, action_dim, args, device)
+    buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
+    buffer.observations.normal_()
+    buffer.actions.uniform_(-1, 1)
+    buffer.rewards.normal_()
+    buffer.starts.copy_(torch.arange(len(buffer.starts)))
+    buffer.span[1] = 10_000
+    graphed = mode == "graph"
+    update = module.CudaGraph(lambda: agent.update(*buffer.sample(args.batch_size, device)), graphed)
+    obs = torch.randn(1, obs_dim).numpy()
+
+    def act(play):
+        return play(torch.from_numpy(obs).to(device)).cpu().numpy()
+
+    with FlopCounterMode(display=False) as counter:
+        agent.update(*buffer.sample(args.batch_size, device))
+    left, right = torch.randn(largest_product(script), 256, device=device), torch.randn(256, 256, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def facts():
+        rate = 2 * left.numel() * 256 / seconds_per_call(lambda: left @ right, wait, 0.2)
+        gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        return {"floor": counter.get_total_flops() / rate, "gpu_memory": gpu}
+
+    plays = (partial(act, module.CudaGraph(play, graphed)) for play in (agent.sample_actions, agent.eval_actions))
+    answer_rounds(update, *plays, wait=wait, facts=facts)
+
+
+def environment(args: Args) -> dict[str, str]:
+    """The environment variables of a timed process."""
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"  # benchmark.timed is found there
+    return os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
+
+
+def parse_peer(text: str, scripts: tuple[str, ...]) -> tuple[str, str, list[str]]:
+    """SCRIPT:NAME=COMMAND as (script, name, words of the command)."""
+    script, _, rest = text.partition(":")
+    name, _, command = rest.partition("=")
+    if script not in scripts or not command:
+        sys.exit(f"speed.py: error: {text!r} is not SCRIPT:NAME=COMMAND with a SCRIPT of {', '.join(scripts)}")
+    return script, name, shlex.split(command)
+
+
+def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
+    """What each (script, mode) answered in each round at one shape."""
+    sizes = [str(n) for n in SHAPES[shape]]
+    modes = ["eager", "graph"] if torch.cuda.is_available() else ["eager"]
+    own = [sys.executable, str(Path(__file__))]
+    commands = {(script, mode): [*own, "--work", script, mode] for script in args.scripts for mode in modes}
+    commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.peer)}
+    answers, processes = {key: [] for key in commands}, {}
+    for key, words in commands.items():  # one after the other: warming up is work too
+        processes[key] = subprocess.Popen(
+            [*words, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(args)
+        )
+        if not json.loads(processes[key].stdout.readline() or "{}").get("ready"):
+            sys.exit(f"speed.py: error: {shlex.join(words)} did not get ready")
+    for _ in range(args.rounds):
+        for key, process in processes.items():
+            print(file=process.stdin, flush=True)
+            answers[key].append(json.loads(process.stdout.readline()))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return answers
+
+
+def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
+    """Training steps per second of each (script, mode) on one task, in each round."""
+    modes = {"eager": ["--no-cuda-graph"], "graph": []} if torch.cuda.is_available() else {"eager": []}
+    own = ["--checkpoint-frequency", "0", "--eval-frequency", "0", "--buffer-size", "100000"]
+    commands = {
+        (script, mode): [sys.executable, str(ROOT / f"{script}.py"), *own, *flags]
+        for script in args.scripts
+        for mode, flags in modes.items()
+    }
+    commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.loop_peer)}
+    same = ["--env-id", "benchmark.timed:Timed-v0", "--seed", "1"]
+    same += ["--learning-starts", "1000", "--total-timesteps", "1000000"]
+    speeds = {key: [] for key in commands}
+    for _ in range(args.loop_rounds):
+        for key, words in commands.items():
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "time")
+                timing = {"TIMED_ENV": task, "TIMED_FROM": "1050", "TIMED_FILE": str(file)}
+                timing["TIMED_SECONDS"] = str(args.loop_seconds)
+                done = subprocess.run(
+                    [*words, *same], cwd=folder, env=environment(args) | timing, capture_output=True, text=True
+                )
+                if not file.exists():
+                    sys.exit(f"speed.py: error: {shlex.join(words)} was not timed: {done.stderr[-300:]}")
+                steps, seconds = map(float, file.read_text().split())
+            speeds[key].append(steps / seconds)
+    return speeds
+
+
+def machine(args: Args) -> str:
+    """What the numbers were measured on, in words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    return (
+        f"{cpu}, {os.cpu_count()} cores ({args.threads} threads used), {gpu}, PyTorch {torch.__version__}, "
+        f"commit {commit.strip()}, {datetime.date.today()}"
+    )
+
+
+def main(args: Args) -> None:
+    for peer in (*args.peer, *args.loop_peer):
+        parse_peer(peer, args.scripts)
+    rows = []  # (script, mode, place, quantity, median, lowest, highest)
+
+    def add(key, place, quantity, values):
+        rows.append((*key, place, quantity, statistics.median(values), min(values), max(values)))
+
+    for shape in args.shapes:
+        for key, answers in time_rounds(args, shape).items():
+            add(key, shape, "updates/s", [1 / a["update"] for a in answers])
+            add(key, shape, "ms per action", [1e3 * a["action"] for a in answers])
+            add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
+            add(key, shape, "peak memory, MiB", [a["peak_memory"] / 2**20 for a in answers])
+            if "floor" in answers[0]:
+                add(key, shape, "share of the floor, %", [100 * a["floor"] / a["update"] for a in answers])
+                if answers[0]["gpu_memory"]:
+                    add(key, shape, "peak GPU memory, MiB", [a["gpu_memory"] / 2**20 for a in answers])
+    for task in args.tasks:
+        for key, speeds in time_loops(args, task).items():
+            add(key, task, "training steps/s", speeds)
+
+    with open(f"{args.out}.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["script", "mode", "place", "quantity", "median", "lowest", "highest"])
+        writer.writerows((*row[:4], *(f"{x:.4g}" for x in row[4:])) for row in rows)
+    report = f"{machine(args)}; medians over {args.rounds} rounds ({args.loop_rounds} of the loop)\n\n"
+    report += f"`python benchmark/speed.py {shlex.join(sys.argv[1:])}`\n\n" + table(rows)
+    Path(f"{args.out}.md").write_text(report)
+    print(report)
+    draw(rows, f"{args.out}.png")
+
+
+def table(rows) -> str:
+    """Markdown: a line for each script, mode and place; a peer's column says how much faster than it the script is."""
+    medians = {row[:4]: row[4] for row in rows}
+    quantities = list(dict.fromkeys(row[3] for row in rows))
+    lines = ["| script | mode | shape or task | " + " | ".join(quantities) + " |", "|-" * (3 + len(quantities)) + "|"]
+    for script, mode, place in dict.fromkeys(row[:3] for row in rows):
+        cells = [f"{medians[key]:.3g}" if (key := (script, mode, place, q)) in medians else "" for q in quantities]
+        lines.append(f"| {script} | {mode} | {place} | " + " | ".join(cells) + " |")
+    ratios = []
+    for (script, mode, place, quantity), value in medians.items():
+        ours = medians.get((script, "graph", place, quantity), medians[script, "eager", place, quantity])
+        if mode not in ("eager", "graph") and quantity in ("updates/s", "training steps/s"):
+            ratios.append(f"- {script}, {place}: {ours / value:.2f} x the {quantity} of {mode}")
+        sac = medians.get(("sac_continuous", mode, place, quantity))
+        if quantity.startswith("ms") and sac and script != "sac_continuous":
+            ratios.append(f"- {script} ({mode}), {place}: {value / sac:.2f} x the {quantity} of sac_continuous")
+    return "\n".join([*lines, "", *ratios, ""])
+
+
+def draw(rows, path: str) -> None:
+    """Bars of updates and training steps per second, one panel per shape or task; lines for the rounds' range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = [row for row in rows if row[3] in ("updates/s", "training steps/s")]
+    panels = list(dict.fromkeys((row[2], row[3]) for row in drawn))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.8), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        bars = [row for row in drawn if row[2:4] == panel]
+        names = [row[0].removesuffix("_continuous").upper() + f"\n{row[1]}" for row in bars]
+        values = [row[4] for row in bars]
+        spread = [[row[4] - row[5] for row in bars], [row[6] - row[4] for row in bars]]
+        axis.bar(
+            names, values, yerr=spread, color=["#0072B2" if r[1] in ("eager", "graph") else "#999999" for r in bars]
+        )
+        axis.set(title=f"{panel[0]}, {panel[1]}", yscale="log")
+        axis.tick_params(labelsize=7)
+        axis.title.set_fontsize(9)
+        for name, value in zip(names, values, strict=True):
+            axis.annotate(f"{value:.3g}", (name, value), ha="center", va="bottom", fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    if "--work" in sys.argv:
+        script, mode, *sizes = sys.argv[sys.argv.index("--work") + 1 :]
+        work(script, mode, *map(int, sizes))
+    else:
+        main(tyro.cli(Args))
