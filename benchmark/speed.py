@@ -24,6 +24,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -106,7 +107,8 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     def facts():
         rate = 2 * left.numel() * 256 / seconds_per_call(lambda: left @ right, wait, 0.2)
         gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        return {"floor": counter.get_total_flops() / rate, "gpu_memory": gpu}
+        operations = counter.get_total_flops()
+        return {"operations": operations, "floor": operations / rate, "gpu_memory": gpu}
 
     plays = (partial(act, module.CudaGraph(play, graphed)) for play in (agent.sample_actions, agent.eval_actions))
     answer_rounds(update, *plays, wait=wait, facts=facts)
@@ -220,7 +222,8 @@ def main(args: Args) -> None:
         writer.writerow(["script", "mode", "place", "quantity", "median", "lowest", "highest"])
         writer.writerows((*row[:4], *(f"{x:.4g}" for x in row[4:])) for row in rows)
     report = f"{machine(args)}; medians over {args.rounds} rounds ({args.loop_rounds} of the loop)\n\n"
-    report += f"`python benchmark/speed.py {shlex.join(sys.argv[1:])}`\n\n" + table(rows)
+    words = [re.sub(r"(:[^=]+)=.*", r"\1=...", word) for word in sys.argv[1:]]  # a peer's command has the user's paths
+    report += f"`python benchmark/speed.py {shlex.join(words)}`\n\n" + table(rows)
     Path(f"{args.out}.md").write_text(report)
     print(report)
     draw(rows, f"{args.out}.png")
@@ -258,16 +261,15 @@ def draw(rows, path: str) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         bars = [row for row in drawn if row[2:4] == panel]
         names = [row[0].removesuffix("_continuous").upper() + f"\n{row[1]}" for row in bars]
-        values = [row[4] for row in bars]
         spread = [[row[4] - row[5] for row in bars], [row[6] - row[4] for row in bars]]
-        axis.bar(
-            names, values, yerr=spread, color=["#0072B2" if r[1] in ("eager", "graph") else "#999999" for r in bars]
-        )
-        axis.set(title=f"{panel[0]}, {panel[1]}", yscale="log")
+        colors = ["#0072B2" if row[1] in ("eager", "graph") else "#999999" for row in bars]
+        axis.bar(names, [row[4] for row in bars], yerr=spread, color=colors)
+        axis.set(title=f"{panel[0]}, {panel[1]}", yscale="log", ylim=(1, 3 * max(row[6] for row in bars)))
         axis.tick_params(labelsize=7)
+        axis.minorticks_off()
         axis.title.set_fontsize(9)
-        for name, value in zip(names, values, strict=True):
-            axis.annotate(f"{value:.3g}", (name, value), ha="center", va="bottom", fontsize=7)
+        for name, row in zip(names, bars, strict=True):
+            axis.annotate(f"{row[4]:.3g}", (name, 1.1 * row[6]), ha="center", va="bottom", fontsize=7)
     figure.savefig(path, dpi=130)
 
 

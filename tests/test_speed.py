@@ -1,0 +1,78 @@
+"""The speed benchmark measures what it says: against processes that sleep, and a run that it times from inside."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmark import rounds, speed
+
+ROOT = Path(__file__).parent.parent
+SLEEPER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from benchmark.rounds import answer_rounds
+assert sys.argv[1:] == ["11", "3"]
+answer_rounds(*(lambda s=s: time.sleep(s) for s in (0.05, 0.02, 0.03)), wait=lambda: None, duration=0.3)
+"""
+
+
+def test_a_call_is_timed_with_what_it_leaves_under_way():
+    pending = []
+    wait = lambda: time.sleep(0.02 * len(pending))  # noqa: E731
+    assert rounds.seconds_per_call(lambda: pending.append(1), wait, 0.0) >= 0.02
+    assert len(pending) == 3
+
+
+def test_rounds_of_a_peer_that_sleeps(tmp_path):
+    (tmp_path / "peer.py").write_text(SLEEPER.format(root=str(ROOT)))
+    peer = f"sac_continuous:other={sys.executable} {tmp_path}/peer.py"
+    answers = speed.time_rounds(speed.Args(scripts=("sac_continuous",), rounds=2, peer=(peer,)), "Hopper")
+    assert {key[0] for key in answers} == {"sac_continuous"} and len(answers["sac_continuous", "other"]) == 2
+    for answer in answers["sac_continuous", "other"]:
+        for name, seconds in (("update", 0.05), ("action", 0.02), ("best_action", 0.03)):
+            assert seconds <= answer[name] < 3 * seconds
+
+
+def test_our_worker_counts_the_operations_of_an_update():
+    line = [sys.executable, ROOT / "benchmark/speed.py", "--work", "sac_continuous", "eager", "11", "3"]
+    worker = subprocess.Popen(list(map(str, line)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert json.loads(worker.stdout.readline()) == {"ready": True}
+    answer = json.loads(worker.communicate("\n")[0])
+    # By hand, in multiplications and additions: each network's layers forward, and again for each gradient needed.
+    batch, actor, critic = 256, (11, 256, 256, 6), (14, 256, 256, 1)
+    forward_actor, forward_critic = (sum(a * b for a, b in itertools.pairwise(sizes)) for sizes in (actor, critic))
+    learn_actor, learn_critic = 3 * forward_actor - 11 * 256, 3 * forward_critic - 14 * 256  # no gradient of the input
+    target, critics = forward_actor + 2 * forward_critic, 2 * learn_critic
+    policy = learn_actor + 2 * 2 * forward_critic  # the critics pass the gradient to the action, none to their weights
+    assert answer["operations"] == 2 * batch * (target + critics + policy)
+    assert answer["update"] > answer["floor"] and answer["peak_memory"] > 1e8
+
+
+def test_a_loop_is_timed_from_inside_the_environment(tmp_path):
+    args = speed.Args(scripts=("sac_continuous",), loop_rounds=1, loop_seconds=0.5)
+    ((key, (steps_per_second,)),) = speed.time_loops(args, "Pendulum-v1").items()
+    assert key == ("sac_continuous", "eager") or key == ("sac_continuous", "graph")
+    assert 1 < steps_per_second < 10_000
+
+
+def test_a_table_has_the_ratios():
+    rows = [
+        ("sac_continuous", "eager", "Hopper", "ms per action", 0.5, 0.4, 0.6),
+        ("mfpo_continuous", "eager", "Hopper", "ms per action", 2.0, 1.9, 2.1),
+        ("mfpo_continuous", "eager", "Hopper", "updates/s", 6.0, 5.0, 7.0),
+        ("mfpo_continuous", "JAX", "Hopper", "updates/s", 4.0, 3.0, 5.0),
+    ]
+    text = speed.table(rows)
+    assert "- mfpo_continuous (eager), Hopper: 4.00 x the ms per action of sac_continuous" in text
+    assert "- mfpo_continuous, Hopper: 1.50 x the updates/s of JAX" in text
+
+
+@pytest.mark.parametrize("text", ["mfpo_continuous=x", "jax:mfpo=x", "mfpo_continuous:jax="])
+def test_a_peer_that_cannot_be_read_is_named(text):
+    with pytest.raises(SystemExit, match="SCRIPT:NAME=COMMAND"):
+        speed.parse_peer(text, ("mfpo_continuous",))
