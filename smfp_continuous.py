@@ -32,7 +32,8 @@ The rest is our construction, consistent with all of that: the Gaussian head, th
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s'))
 
 In TensorBoard: eval/episodic_return is the score; diagnostics/latent_spread against diagnostics/sigma says whether the
-policy is multimodal or has collapsed to a Gaussian; diagnostics/entropy_gap says how loose the bound is.
+policy is multimodal or has collapsed to a Gaussian; diagnostics/entropy_gap says how loose the bound is; losses/kl how
+far the policy is from its slow copy and diagnostics/kl_of_update how far one update moves it (both the bound above).
 """
 
 import dataclasses
@@ -690,6 +691,8 @@ class Agent(nn.Module):
         self.policy_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_([*self.slow_policy.parameters()], [*self.policy.parameters()], args.policy_tau)
+            after, before = one_step(self.policy, obs, e[:, 0]), (mean[:, 0], log_std[:, 0])  # one latent per state
+            metrics["diagnostics/kl_of_update"] = gaussian_kl(*after, *before).mean()
 
         entropy = entropy.detach()
         metrics["diagnostics/entropy"] = entropy

@@ -1,5 +1,6 @@
 """SMFP's equations against something independent: a closed form, quadrature, SciPy, NumPy or a finite difference."""
 
+import copy
 import itertools
 import math
 
@@ -190,6 +191,21 @@ def policy_gradient(**flags):
     torch.manual_seed(1)
     agent.update_policy(obs, torch.tensor(0.5))
     return torch.cat([p.grad.flatten() for p in agent.policy.parameters()]), agent, obs
+
+
+def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
+    torch.manual_seed(0)
+    agent = smfp.Agent(3, 2, smfp.Args(policy_lr=0.01), CPU)
+    obs, before = batch()[0], copy.deepcopy(agent.policy)
+    torch.manual_seed(1)
+    metrics = agent.update_policy(obs, torch.tensor(0.5))
+    torch.manual_seed(1)
+    e = torch.randn(32, 5, 2)[:, 0]
+    with torch.no_grad():
+        pairs = [smfp.one_step(policy, obs, e) for policy in (agent.policy, before)]
+    normals = [torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in pairs]
+    kl = torch.distributions.kl_divergence(*normals).sum(-1).mean().item()
+    assert metrics["diagnostics/kl_of_update"].item() == pytest.approx(kl, rel=1e-3) and kl > 1e-4
 
 
 def test_each_term_enters_with_its_coefficient_and_0_removes_it():
