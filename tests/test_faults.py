@@ -89,7 +89,7 @@ def test_a_run_killed_20_times_is_the_run_that_was_never_killed(script, tmp_path
         resumed = (disturbed / "runs").exists()
         again = ["--resume", f"runs/{only_run(disturbed).name}"] if resumed else line
         victim = start(script, disturbed, again)
-        while not (disturbed / "runs").exists():
+        while not any((disturbed / "runs").glob("*")):
             time.sleep(0.001)
         checkpoint, partial = only_run(disturbed) / "checkpoint.pt", only_run(disturbed) / "checkpoint.tmp"
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
