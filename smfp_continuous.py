@@ -131,7 +131,7 @@ class Args:
     """the temperature, or its first value when it is learned (as in SAC)"""
     latents: int = 5
     """M, latents per state: so many samples, and so many components in the density of each; 1 rewards sigma alone (16
-    does better on four goals, benchmark/results/smfp_multigoal.csv, and costs about three times as much)"""
+    does better on four goals, benchmark/results/smfp_multigoal.csv, and each update costs more)"""
     kl_coef: float = 0.1
     """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent (1
     does slightly better on four goals, same table)"""

@@ -27,9 +27,7 @@ import itertools
 import logging
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +45,8 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmark.speed import commit, hardware  # noqa: E402
+
 TITLES = {"train": "training return", "eval_exploring": "plain-sample evaluation", "eval": "best-of-N evaluation"}
 TEXT = "hyperparameters/text_summary"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_continuous.py"))
@@ -273,14 +273,11 @@ def command(run: Run) -> str:
 
 def provenance(args: Args) -> str:
     """When, on what and with what the runs were made: as given, or else as it is where the report is written."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    cpu, gpu = hardware()
     found = {
         "date": datetime.date.today(),
         "machine": f"{cpu}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}",
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit() or "unknown",
     }
     where = {name: "as given" if getattr(args, name) else "where the report was written" for name in found}
     return "\n".join(f"- {name}: {getattr(args, name) or found[name]} ({where[name]})" for name in found)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What SMFP's defaults rest on: each against its alternatives, on the four goals and on two MuJoCo tasks.
 #     bash benchmark/smfp_defaults.sh
-# Restarted, it goes on. On two cores the first half takes half an hour and the second some hours.
+# Restarted, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

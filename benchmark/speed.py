@@ -182,16 +182,26 @@ def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
     return speeds
 
 
-def machine(args: Args) -> str:
-    """What the numbers were measured on, in words."""
+def hardware() -> tuple[str, str]:
+    """The names of the CPU and of the GPU, if there is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return cpu, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def commit() -> str:
+    """What is checked out, with `-dirty` if it was changed; empty outside a repository."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip()
+
+
+def machine(args: Args) -> str:
+    """What the numbers were measured on, in words."""
+    cpu, gpu = hardware()
     return (
         f"{cpu}, {os.cpu_count()} cores ({args.threads} threads used), {gpu}, PyTorch {torch.__version__}, "
-        f"commit {commit.strip()}, {datetime.date.today()}"
+        f"commit {commit()}, {datetime.date.today()}"
     )
 
 
