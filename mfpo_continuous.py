@@ -105,8 +105,6 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
-    policy_frequency: int = 1
-    """updates of the critics per update of the policy and the temperature"""
     eval_frequency: int = 10_000
     """environment steps between two evaluations; 0 turns them off"""
     eval_episodes: int = 10
@@ -144,6 +142,8 @@ class Args:
     """smallest atom (paper)"""
     v_max: float = 1600.0
     """largest atom (paper)"""
+    policy_frequency: int = 1
+    """updates of the critics per update of the policy and the temperature"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 0.01

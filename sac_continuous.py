@@ -101,8 +101,6 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
-    policy_frequency: int = 1
-    """updates of the critics per update of the policy and the temperature"""
     eval_frequency: int = 10_000
     """environment steps between two evaluations; 0 turns them off"""
     eval_episodes: int = 10
@@ -115,6 +113,8 @@ class Args:
     """learning rate of the actor (CleanRL)"""
     q_lr: float = 1e-3
     """learning rate of the critics and of the temperature (CleanRL)"""
+    policy_frequency: int = 1
+    """updates of the critics per update of the policy and the temperature"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 1.0

@@ -111,8 +111,6 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
-    policy_frequency: int = 1
-    """updates of the critics per update of the policy and the temperature"""
     eval_frequency: int = 10_000
     """environment steps between two evaluations; 0 turns them off"""
     eval_episodes: int = 10
@@ -125,6 +123,9 @@ class Args:
     """learning rate of the policy (as in SAC)"""
     q_lr: float = 1e-3
     """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
+    policy_frequency: int = 2
+    """updates of the critics per update of the policy and the temperature; 1 takes twice the time, and scores within two
+    seeds' noise of 2 (benchmark/results/smfp_mujoco.md)"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 1.0
