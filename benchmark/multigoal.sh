@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 common="--env-id tests.multigoal:MultiGoal-v0 --no-autotune --alpha 1 --batch-size 64 --learning-starts 500
-    --total-timesteps 2500 --eval-frequency 0 --checkpoint-frequency 0"
+    --total-timesteps 2500 --policy-frequency 1 --eval-frequency 0 --checkpoint-frequency 0"
 mfpo="mfpo_continuous.py --learning-rate 1e-3 --policy-proposals 8 --gaussian-proposals 16 --v-min -25 --v-max 5"
 for seed in 1 2 3; do
     while read -r name script flags; do

@@ -1,30 +1,35 @@
 #!/usr/bin/env bash
-# What SMFP's defaults rest on: each against its alternatives, on the four goals and on two MuJoCo tasks.
+# What SMFP's defaults rest on: each against its alternatives, on the four goals and on two MuJoCo tasks; then SMFP with
+# its defaults against SAC on three tasks.
 #     bash benchmark/smfp_defaults.sh
 # Restarted, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+alternatives=(
+    "smfp-M1: smfp_continuous --latents 1"
+    "smfp-M16: smfp_continuous --latents 16"
+    "smfp-lambda0: smfp_continuous --kl-coef 0"
+    "smfp-lambda1: smfp_continuous --kl-coef 1"
+    "smfp-c0: smfp_continuous --meanflow-coef 0"
+    "smfp-c0.1: smfp_continuous --meanflow-coef 0.1"
+    "smfp-c10: smfp_continuous --meanflow-coef 10"
+    "smfp-unweighted: smfp_continuous --no-mirror-descent-weights"
+    "smfp-Kb4-Kt2: smfp_continuous --behavior-candidates 4 --target-candidates 2"
+    "smfp-crossq: smfp_continuous --critic crossq"
+)
 
+# Here with a policy that learns in every update, as MFPO's and SAC's do.
 python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 --seeds 1 2 3 --runs-dir runs/smfp_multigoal \
-    --scripts "smfp: smfp_continuous" \
-    "smfp-M1: smfp_continuous --latents 1" \
-    "smfp-M16: smfp_continuous --latents 16" \
-    "smfp-lambda0: smfp_continuous --kl-coef 0" \
-    "smfp-lambda1: smfp_continuous --kl-coef 1" \
-    "smfp-c0: smfp_continuous --meanflow-coef 0" \
-    "smfp-c0.1: smfp_continuous --meanflow-coef 0.1" \
-    "smfp-c10: smfp_continuous --meanflow-coef 10" \
-    "smfp-unweighted: smfp_continuous --no-mirror-descent-weights" \
-    "smfp-Kb4-Kt2: smfp_continuous --behavior-candidates 4 --target-candidates 2" \
-    "smfp-crossq: smfp_continuous --critic crossq" \
-    "smfp-policy2: smfp_continuous --policy-frequency 2" \
-    -- --no-autotune --alpha 1 --batch-size 64 --learning-starts 500 --total-timesteps 2500 --eval-frequency 0 \
-    --checkpoint-frequency 0
+    --scripts "smfp: smfp_continuous" "${alternatives[@]}" "smfp-policy2: smfp_continuous --policy-frequency 2" \
+    -- --no-autotune --alpha 1 --batch-size 64 --learning-starts 500 --total-timesteps 2500 --policy-frequency 1 \
+    --eval-frequency 0 --checkpoint-frequency 0
 python benchmark/density.py runs/smfp_multigoal/* --no-picture --out benchmark/results/smfp_multigoal
 
-python benchmark/sweep.py --env-ids HalfCheetah-v4 Hopper-v4 --seeds 1 2 --runs-dir runs/smfp_mujoco \
-    --scripts "sac: sac_continuous" \
-    "smfp: smfp_continuous" \
-    "smfp_pf2: smfp_continuous --policy-frequency 2" \
-    -- --total-timesteps 20000 --eval-frequency 5000
-python benchmark/report.py runs/smfp_mujoco/* --normalize sac --out benchmark/results/smfp_mujoco
+python benchmark/sweep.py --env-ids HalfCheetah-v4 Hopper-v4 --seeds 1 2 --runs-dir runs/smfp_alternatives \
+    --scripts "smfp: smfp_continuous" "${alternatives[@]}" "smfp-policy1: smfp_continuous --policy-frequency 1" \
+    -- --total-timesteps 20000 --eval-frequency 10000
+python benchmark/report.py runs/smfp_alternatives/* --normalize smfp --out benchmark/results/smfp_alternatives
+
+python benchmark/sweep.py --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 --runs-dir runs/smfp_sac \
+    --scripts "sac: sac_continuous" "smfp: smfp_continuous" -- --total-timesteps 50000 --eval-frequency 10000
+python benchmark/report.py runs/smfp_sac/* --normalize sac --out benchmark/results/smfp_sac

@@ -166,8 +166,11 @@ def start_ray(args: Args) -> float:
     local = {"num_cpus": args.num_cpus, "include_dashboard": False, "object_store_memory": 10**8}
     options = {"log_to_driver": False, "logging_level": "error"} | (local if args.address == "local" else {})
     try:
+        if ":" in args.address:  # ray.init would wait for ever for what does not answer
+            host, _, port = args.address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(args.address, **options)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         fail(f"--address {args.address}: {str(error).splitlines()[0]}")
     cpus, gpus = (max(node["Resources"].get(name, 0) for node in ray.nodes()) for name in ("CPU", "GPU"))
     share = min(0.1, gpus) if args.gpus_per_run is None else args.gpus_per_run

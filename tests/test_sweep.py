@@ -197,6 +197,8 @@ def test_bad_input_is_refused_before_anything_is_started(tmp_path, monkeypatch, 
         (["--cpus-per-run", "0", *good], "--cpus-per-run is 0; it must be at least 1"),
         (["--retries", "-1", *good], "--retries is -1; it must be at least 0"),
         (["--gpus-per-run", "nan", *good], "--gpus-per-run is nan"),
+        (["--address", "127.0.0.1:1", *good], "--address 127.0.0.1:1: [Errno 111]"),
+        (["--address", "127.0.0.1:", *good], "--address 127.0.0.1:: invalid literal for int()"),
         (
             ["--cpus-per-run", "999", "--gpus-per-run", "0", *good],
             "no machine has more than 2 CPUs",
