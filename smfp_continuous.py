@@ -126,7 +126,7 @@ class Args:
     """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
     policy_frequency: int = 2
     """updates of the critics per update of the policy and the temperature; 1 takes nearly twice the time and scores
-    within two seeds' noise of 2 (benchmark/results/smfp_mujoco.md)"""
+    within two seeds' noise of 2 (benchmark/results/smfp_policy_frequency.md)"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 1.0

@@ -29,9 +29,10 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import matplotlib
 import numpy as np
@@ -63,8 +64,8 @@ class Args:
     """run folders, one for each task, exp_name and seed"""
     out: Path = Path("report")
     """the files to write, without their endings"""
-    metric: Literal["train", "eval_exploring", "eval"] = "eval"
-    """what the curves show; the CSV and the table have all three"""
+    metric: str = "eval"
+    """what the curves show; or a TensorBoard tag, as diagnostics/entropy, which CSV and table then have too"""
     normalize: str = "sac_continuous"
     """the exp_name whose mean last score on a task counts as 1 in the aggregate; a return of 0 counts as 0"""
     published: Path | None = None
@@ -105,8 +106,8 @@ def training_hours(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
     return (times - starts[session] + np.cumsum([0, *lengths])[session]) / 3600
 
 
-def read_run(folder: Path) -> Run:
-    """A run's arguments and curves, without the rows that a resume superseded."""
+def read_run(folder: Path, metrics: Iterable[str] = TITLES) -> Run:
+    """A run's arguments and its curves of these metrics, without the rows that a resume superseded."""
     files = sorted(folder.glob("events.out.tfevents.*"))
     # A resume's file begins with the step it goes on from (SummaryWriter's purge_step): EventAccumulator, which reads
     # the files by name and so by time, then drops the scalars that it has from this step on. Texts it keeps.
@@ -128,12 +129,12 @@ def read_run(folder: Path) -> Run:
     starts = np.array([EventAccumulator(str(file)).FirstEventTimestamp() for file in files])
     times = np.array(sorted({row.wall_time for series in rows.values() for row in series}))
     hours = dict(zip(times, training_hours(starts, times), strict=True))
-    run = Run(folder, args, reached, {"train": {}})
-    for metric in ("eval_exploring", "eval"):
-        tag = f"{metric}/episodic_return"
+    run = Run(folder, args, reached, {})
+    for metric in metrics:
+        tag = f"{metric}/episodic_return" if metric in TITLES else metric
         stds = {row.step: row.value for row in rows.get(f"{tag}_std", [])}
         run.curves[metric] = {x.step: (hours[x.wall_time], x.value, stds.get(x.step)) for x in rows.get(tag, [])}
-    every = max(1, run.last_step // 100)  # for a run without evaluations
+    run.curves["train"], every = {}, max(1, run.last_step // 100)  # for a run without evaluations
     ends = list(run.curves["eval"]) or list(range(every, reached + 1, every))
     episodes = rows.get("charts/episodic_return", [])
     interval = np.searchsorted(ends, [row.step for row in episodes])
@@ -222,7 +223,7 @@ def draw(panels: list[tuple[str, str, list]], ylabel: str, path: str) -> None:
     plt.close(figure)
 
 
-def draw_tasks(cells: Cells, metric: str, axis: int, path: str) -> None:
+def draw_tasks(cells: Cells, metric: str, title: str, axis: int, path: str) -> None:
     """A panel per task, over environment steps (axis 0) or hours (axis 1: their mean over the seeds at each step)."""
     panels = {task: (task, ("environment steps", "hours of training")[axis], []) for task, _ in cells}
     for (task, name), runs in cells.items():
@@ -232,7 +233,7 @@ def draw_tasks(cells: Cells, metric: str, axis: int, path: str) -> None:
             band = mean[2] + np.array([[-1], [1]]) * points[2].std(0, ddof=1)
         seeds = [stack([run], metric)[[axis, 2], 0] for run in runs]
         panels[task][2].append((name, mean[axis], mean[2], band, seeds))
-    draw([*panels.values()], TITLES[metric], path)
+    draw([*panels.values()], title, path)
 
 
 def spread(values: np.ndarray) -> str:
@@ -241,13 +242,13 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():,.{digits}f}" + (f" ± {values.std(ddof=1):,.{digits}f}" if len(values) > 1 else "")
 
 
-def score_table(cells: Cells, published: list[dict]) -> str:
+def score_table(cells: Cells, titles: dict[str, str], published: list[dict]) -> str:
     """Last scores in Markdown: of each metric the last that all seeds of the cell have, marked where it is earlier."""
     sources = list(dict.fromkeys(row["source"] for row in published))
-    heads = ["task", "exp_name", *TITLES.values(), "steps", "seeds", *["published"] * bool(sources)]
+    heads = ["task", "exp_name", *titles.values(), "steps", "seeds", *["published"] * bool(sources)]
     lines = ["| " + " | ".join(heads) + " |", "|-" * len(heads) + "|"]
     for (task, name), runs in cells.items():
-        stacks = [stack(runs, metric) for metric in TITLES]
+        stacks = [stack(runs, metric) for metric in titles]
         ends = [int(points[0, 0, -1]) if points.size else 0 for points in stacks]
         budget, texts = max(run.last_step for run in runs), [task, name]
         for points, end in zip(stacks, ends, strict=True):
@@ -316,13 +317,15 @@ seed). In the end:
 {last}"""
 
 
-def report(cells: Cells, published: list[dict], args: Args) -> str:
+def report(cells: Cells, titles: dict[str, str], published: list[dict], args: Args) -> str:
     """Draw the pictures; returns the text of <out>.md."""
     plt.rcParams["svg.hashsalt"] = "report"  # or the ids in an SVG are random
     for axis, kind in enumerate(("steps", "hours")):
-        draw_tasks(cells, args.metric, axis, f"{args.out}_{kind}")
-    words = {"title": TITLES[args.metric], "name": args.out.name, "reference": args.normalize}
-    curves, why_not = aggregate(cells, args.metric, args.normalize)
+        draw_tasks(cells, args.metric, titles[args.metric], axis, f"{args.out}_{kind}")
+    words = {"title": titles[args.metric], "name": args.out.name, "reference": args.normalize}
+    curves, why_not = {}, f"{args.metric} is no score"
+    if args.metric in TITLES:
+        curves, why_not = aggregate(cells, args.metric, args.normalize)
     words["together"] = f"Not aggregated over tasks: {why_not}."
     if curves:
         steps, hours = ([(name, x[axis], *x[2:], []) for name, x in curves.items()] for axis in (0, 1))
@@ -347,7 +350,7 @@ def report(cells: Cells, published: list[dict], args: Args) -> str:
     shell = [f"# {', '.join(tasks)}: seed {seeds}\n{line}" for (line, seeds), tasks in commands.items()]
     return PAGE.format(
         provenance=provenance(args),
-        table=score_table(cells, published),
+        table=score_table(cells, titles, published),
         warnings="\n".join(warnings) or "Every run is complete.",
         commands="\n".join(shell),
         **words,
@@ -356,7 +359,11 @@ def report(cells: Cells, published: list[dict], args: Args) -> str:
 
 def main(args: Args) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of rows that a resume superseded
-    runs = sorted(map(read_run, args.runs), key=lambda run: (run.env_id, run.exp_name, run.seed))
+    titles = TITLES | {args.metric: TITLES.get(args.metric, args.metric)}
+    runs = [read_run(folder, titles) for folder in args.runs]
+    runs.sort(key=lambda run: (run.env_id, run.exp_name, run.seed))
+    if args.metric not in TITLES and not any(run.curves[args.metric] for run in runs):
+        fail(f"--metric {args.metric}: no run has such a tag; TensorBoard shows which there are")
     cells: Cells = {}
     for run in runs:
         cell = cells.setdefault((run.env_id, run.exp_name), [])
@@ -376,11 +383,11 @@ def main(args: Args) -> None:
     with open(f"{args.out}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "exp_name", "seed", "metric", "step", "hours", "value", "std"])
-        for run, metric in itertools.product(runs, TITLES):
+        for run, metric in itertools.product(runs, titles):
             for step, numbers in run.curves[metric].items():
                 texts = ["" if x is None else f"{x:.6g}" for x in numbers]
                 writer.writerow([run.env_id, run.exp_name, run.seed, metric, step, *texts])
-    text = report(cells, published, args)
+    text = report(cells, titles, published, args)
     Path(f"{args.out}.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -124,6 +124,21 @@ def test_a_metric_that_ends_earlier_says_where_and_one_without_a_common_step_say
     assert "Every run is complete." in text
 
 
+def test_curves_of_any_tag(tmp_path, capsys):
+    runs = [write_run(tmp_path, task, "sac_continuous", 1, [10, 20]) for task in ("Ant-v4", "Hopper-v4")]
+    for run in runs:
+        with SummaryWriter(str(run), purge_step=15_000) as writer:
+            writer.add_scalar("diagnostics/entropy", -2.5, 18_000, walltime=1e9 + 360)
+    table, rows, text = make(runs, tmp_path / "report", metric="diagnostics/entropy")
+    assert table["Ant-v4", "sac_continuous"][2:4] == ["10.00 (at 10,000)", "-2.50"]
+    found = [(row["step"], row["value"]) for row in rows if row["metric"] == "diagnostics/entropy"]
+    assert found == [("18000", "-2.5")] * 2
+    assert "Not aggregated over tasks: diagnostics/entropy is no score." in text
+    with pytest.raises(SystemExit):
+        make(runs, tmp_path / "report", metric="diagnostics/entropi")
+    assert "--metric diagnostics/entropi: no run has such a tag" in capsys.readouterr().err
+
+
 def test_without_evaluations_training_returns_are_binned_by_hundredths_of_the_run(tmp_path):
     args = sac_continuous.Args(env_id="Hopper-v4", exp_name="sac", eval_frequency=0, total_timesteps=1000)
     write_session(tmp_path / "run", 0, [(1, "charts", step, step) for step in (11, 19, 20, 21, 1000)], args=args)
