@@ -93,7 +93,7 @@ class Args:
     num_envs: int = 1
     """environments stepped side by side"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (the end of an episode takes the room of one more)"""
+    """transitions that the replay buffer holds (the end of an episode takes the room of `num_envs` more)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -155,6 +155,8 @@ def check_args(args: Args) -> None:
         fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
     if args.learning_starts < args.batch_size:
         fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
+    if args.learning_starts < args.num_envs:
+        fail(f"--learning-starts {args.learning_starts} is below --num-envs {args.num_envs}; raise it")
     if args.buffer_size < 4 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
     if args.total_timesteps < args.num_envs:

@@ -360,6 +360,7 @@ BAD_LINES = """
 --batch-size 0 | --batch-size is 0
 --learning-starts 10 | --learning-starts 10 is below --batch-size 256
 --learning-starts -1 | --learning-starts is -1
+--learning-starts 256 --num-envs 300 | --learning-starts 256 is below --num-envs 300
 --gamma 1.5 | --gamma is 1.5
 --gamma 1 | --gamma is 1.0
 --gamma -0.1 | --gamma is -0.1

@@ -63,6 +63,8 @@ def test_gaussian_kl_against_torch_distributions():
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, log_std.exp()), normal(mean_k, log_std_k.exp())).sum(-1)
     torch.testing.assert_close(smfp.gaussian_kl(mean, log_std, mean_k, log_std_k), expected)
+    near = torch.tensor([[1e-4]])  # to second order the KL is the log-ratio's square, which float32 must not lose
+    assert smfp.gaussian_kl(near, near, near, 0 * near).item() == pytest.approx(1e-8, rel=0.02)
 
 
 def test_the_kl_with_shared_latents_is_above_the_kl_of_the_mixtures():
@@ -173,6 +175,16 @@ def test_batch_renormalisation_against_a_reference(settled):
     np.testing.assert_allclose(layer.running_mean, mean)  # evaluation learns nothing
 
 
+def test_resampling_draws_each_row_by_its_weights():
+    torch.manual_seed(0)
+    weights = torch.tensor([[0.1, 0.2, 0.7], [0.0, 1.0, 0.0]]).repeat_interleave(50_000, 0)
+    drawn = smfp.resample(torch.tensor([[[1.0, -1], [2, -2], [3, -3]]]).expand(100_000, 3, 2), weights)
+    assert torch.equal(drawn[:, 0], -drawn[:, 1])
+    counts = [(drawn[:50_000, 0] == k).sum().item() for k in (1, 2, 3)]
+    assert scipy.stats.chisquare(counts, [5_000, 10_000, 35_000]).pvalue > 1e-3
+    assert (drawn[50_000:, 0] == 2).all()
+
+
 def batch(size=32, obs_dim=3, action_dim=2):
     torch.manual_seed(7)
     obs, next_obs = torch.randn(2, size, obs_dim)
@@ -277,6 +289,8 @@ def test_crossq_has_no_targets_and_learns_its_statistics_in_the_critic_update_al
     torch.manual_seed(0)
     agent = smfp.Agent(3, 2, smfp.Args(critic="crossq", latents=2), CPU)
     assert not any("target" in name for name, _ in agent.named_parameters())
+    optimizers = (agent.q_optimizer, agent.policy_optimizer, agent.alpha_optimizer)
+    assert [optimizer.defaults["betas"][0] for optimizer in optimizers] == [0.5, 0.5, 0.9]
     renorm = next(module for module in agent.qf1.modules() if isinstance(module, smfp.BatchRenorm))
     before = [p.clone() for p in agent.policy.parameters()]
     agent.eval_actions(batch()[0])
