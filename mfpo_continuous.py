@@ -26,8 +26,8 @@ Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps w
                 policy and from a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
 
 In TensorBoard: eval/episodic_return is the score (best of 10 candidates); diagnostics/ess_* falling to 1 means that the
-temperature is too low for the proposals; diagnostics/entropy should approach -rho d; diagnostics/edge_mass should stay
-under 0.01, or the critics' support is too narrow for the task.
+temperature is too low for the proposals; diagnostics/entropy should approach -rho d, where the temperature is learned;
+diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task.
 """
 
 import ctypes
@@ -40,6 +40,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Args:
     save_model: bool = False
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
-    """load this model.pt, print the return of `eval_episodes` episodes and stop"""
+    """load this model.pt, print the return of `eval_episodes` episodes under its own arguments and stop"""
     checkpoint_frequency: int = 10_000
     """environment steps between two checkpoints, at an episode's end if there is one; 0: only when the run stops"""
     resume: str | None = None
@@ -313,7 +314,7 @@ class ReplayBuffer:
         self.actions[here] = torch.from_numpy(actions)
         self.rewards[here] = torch.from_numpy(rewards)
         self.terminations[here] = torch.from_numpy(terminations)
-        self.starts[self.last_start % self.rows] = here
+        self.starts[self.last_start % self.rows].fill_(here)  # which, unlike an assignment, does not wait for a GPU
         self.start_rows.append(self.row)
         self.last_start += 1
         self.skip(2 if dones.any() else 1)
@@ -324,7 +325,8 @@ class ReplayBuffer:
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
             self.start_rows.popleft()
-        self.span[0], self.span[1] = self.last_start - len(self.start_rows), self.last_start
+        self.span[0].fill_(self.last_start - len(self.start_rows))
+        self.span[1].fill_(self.last_start)
 
     def state_dict(self) -> dict:
         """The filled part of the rings, and the counters."""
@@ -515,7 +517,7 @@ def exact_log_prob(sampler, noise: torch.Tensor) -> torch.Tensor:
     The change of variables of the T-step map itself: d forward-mode products and a determinant per row; shape (...).
     """
     basis = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
-    columns = [torch.func.jvp(sampler, (noise,), (e.repeat(*noise.shape[:-1], 1),))[1] for e in basis]
+    columns = [torch.func.jvp(sampler, (noise,), (e.expand_as(noise).clone(),))[1] for e in basis]
     return standard_normal_log_prob(noise) - torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
 
 
@@ -547,8 +549,8 @@ def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     The mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e), J by forward mode.
     """
     products = [torch.func.jvp(field, (x,), (e,)) for e in probes]
-    estimates = torch.stack([(e * je).sum(-1, keepdim=True) for e, (_, je) in zip(probes, products, strict=True)])
-    return products[0][0], estimates.mean(0)
+    jacobian_probes = torch.stack([je for _, je in products])  # (N, B, d)
+    return products[0][0], (probes * jacobian_probes).sum(-1, keepdim=True).mean(0)
 
 
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -559,7 +561,7 @@ def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tenso
     """
     mean, std = mean.double(), std.double()
     sign = torch.where(mean < 0, -1.0, 1.0)
-    low, high = (torch.special.ndtr((bound - mean.abs()) / std) for bound in (-1.0, 1.0))
+    low, high = (0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
     cdf = (low + uniform * (high - low)).clamp(min=1e-300)  # farther out than 37 std all mass is at the near face
     return (sign * (mean.abs() + std * torch.special.ndtri(cdf)).clamp(-1, 1)).float()
 
@@ -584,7 +586,8 @@ def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.T
 def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, v_max: float) -> torch.Tensor:
     """C51's projection of the masses `probs` at the places `atoms`, both (B, N), onto N even atoms in [v_min, v_max].
 
-    Each mass is clipped to the support and split between its two neighbours, so that total and mean are kept.
+    Each mass is clipped to the support and split between its two neighbours, so that the total is kept, and the mean of
+    what lies within.
     """
     last = probs.shape[-1] - 1
     place = ((atoms - v_min) / (v_max - v_min) * last).clamp(0, last)
@@ -613,14 +616,14 @@ class Agent(nn.Module):
         self.target_entropy = -args.rho * action_dim
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
         self.to(device)
+        if args.likelihood == "exact" and device.type == "cuda":
+            # For determinants above 16 x 16 PyTorch prefers MAGMA, which waits for the GPU: no CUDA graph records that.
+            torch.backends.cuda.preferred_linalg_library("cusolver")
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
-        self.q_optimizer, self.actor_optimizer, self.divergence_optimizer, self.alpha_optimizer = (
-            torch.optim.Adam(parameters, lr=args.learning_rate, fused=True, capturable=True)
-            for parameters in (
-                self.q_parameters, self.actor.parameters(), self.divergence.parameters(), [self.log_alpha]
-            )
-        )  # fmt: skip
+        adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
+        self.q_optimizer, self.actor_optimizer = adam(self.q_parameters), adam(self.actor.parameters())
+        self.divergence_optimizer, self.alpha_optimizer = adam(self.divergence.parameters()), adam([self.log_alpha])
 
     def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Mean of the critics' distributions: their minimum, or their average without clipped double Q."""
@@ -661,6 +664,7 @@ class Agent(nn.Module):
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
             metrics |= self.update_policy(obs, alpha)
+        # Detached: what autograd keeps alive ties the parameters to a stream, and no CUDA graph could be recorded.
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
@@ -751,8 +755,8 @@ class Agent(nn.Module):
             log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
             v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
             v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
-            share = ess_policy / (ess_policy + ess_gaussian)
-            share = {"both": share, "policy": torch.ones_like(share), "gaussian": torch.zeros_like(share)}[proposals]
+            ess_1, ess_2 = ess_policy * (proposals != "gaussian"), ess_gaussian * (proposals != "policy")
+            share = ess_1 / (ess_1 + ess_2)
             velocity = share * v_policy + (1 - share) * v_gaussian
             clipped = (unclipped.abs() > 1).float().mean((1, 2))
             return x_t, velocity, from_policy[:, 0], log_prob, clipped, ess_policy, ess_gaussian, share
@@ -772,9 +776,8 @@ class Agent(nn.Module):
         target = instantaneous
         if n < len(obs):
             with torch.no_grad():
-                rest = meanflow_target(
-                    lambda x, r, t: network(obs[n:], x, r, t), x_t[n:], r[n:], t[n:], velocity[n:], instantaneous[n:]
-                )
+                average = partial(network, obs[n:])
+                rest = meanflow_target(average, x_t[n:], r[n:], t[n:], velocity[n:], instantaneous[n:])
             target = torch.cat([instantaneous[:n], rest])
         return ((network(obs, x_t, r, t) - target) ** 2).sum(-1).mean()
 
@@ -827,7 +830,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.nd
 
     Training's random state (torch's) is left as it was, and the result depends on the weights and `seed` alone.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
@@ -964,6 +967,7 @@ def train(args: Args) -> None:
     obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
 
@@ -1053,8 +1057,9 @@ def train(args: Args) -> None:
         batch = buffer.sample(args.batch_size, device)
         return batch, agent.update(*batch, with_policy)
 
-    graphed = args.cuda_graph and on_gpu  # from a buffer on the host, sampling copies, which no graph can record
-    updates = [CudaGraph(partial(update, with_policy), graphed) for with_policy in (False, True)]
+    graphed = args.cuda_graph and device.type == "cuda"
+    # From a buffer on the host, sampling copies, which no graph can record.
+    updates = [CudaGraph(partial(update, with_policy), graphed and on_gpu) for with_policy in (False, True)]
     act = CudaGraph(agent.sample_actions, graphed)
     players = {
         "eval": CudaGraph(agent.eval_actions, graphed),
@@ -1097,8 +1102,8 @@ def train(args: Args) -> None:
             stopping = len(signals) > 0  # a signal that comes later than here is for the next step
             save_now |= global_step == last_step or stopping
             log_now = due(global_step, args.log_frequency, args.num_envs)
-            if metrics and (log_now or save_now or device.type == "cpu"):
-                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # syncs
+            if metrics:
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
@@ -1109,7 +1114,7 @@ def train(args: Args) -> None:
                 for message in agent.warnings(scalars, num_updates):
                     warn(message)
             if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
-                with torch.random.fork_rng():  # training's random numbers stay as they are
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's is left as it is
                     torch.manual_seed(derive_seed(args.seed, global_step, 2))
                     log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):

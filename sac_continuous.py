@@ -37,6 +37,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Args:
     save_model: bool = False
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
-    """load this model.pt, print the return of `eval_episodes` episodes and stop"""
+    """load this model.pt, print the return of `eval_episodes` episodes under its own arguments and stop"""
     checkpoint_frequency: int = 10_000
     """environment steps between two checkpoints, at an episode's end if there is one; 0: only when the run stops"""
     resume: str | None = None
@@ -280,7 +281,7 @@ class ReplayBuffer:
         self.actions[here] = torch.from_numpy(actions)
         self.rewards[here] = torch.from_numpy(rewards)
         self.terminations[here] = torch.from_numpy(terminations)
-        self.starts[self.last_start % self.rows] = here
+        self.starts[self.last_start % self.rows].fill_(here)  # which, unlike an assignment, does not wait for a GPU
         self.start_rows.append(self.row)
         self.last_start += 1
         self.skip(2 if dones.any() else 1)
@@ -291,7 +292,8 @@ class ReplayBuffer:
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
             self.start_rows.popleft()
-        self.span[0], self.span[1] = self.last_start - len(self.start_rows), self.last_start
+        self.span[0].fill_(self.last_start - len(self.start_rows))
+        self.span[1].fill_(self.last_start)
 
     def state_dict(self) -> dict:
         """The filled part of the rings, and the counters."""
@@ -453,6 +455,7 @@ class Agent(nn.Module):
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
             metrics |= self.update_policy(obs, alpha)
+        # Detached: what autograd keeps alive ties the parameters to a stream, and no CUDA graph could be recorded.
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
@@ -513,7 +516,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.nd
 
     Training's random state (torch's) is left as it was, and the result depends on the weights and `seed` alone.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
@@ -650,6 +653,7 @@ def train(args: Args) -> None:
     obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
 
@@ -739,8 +743,9 @@ def train(args: Args) -> None:
         batch = buffer.sample(args.batch_size, device)
         return batch, agent.update(*batch, with_policy)
 
-    graphed = args.cuda_graph and on_gpu  # from a buffer on the host, sampling copies, which no graph can record
-    updates = [CudaGraph(partial(update, with_policy), graphed) for with_policy in (False, True)]
+    graphed = args.cuda_graph and device.type == "cuda"
+    # From a buffer on the host, sampling copies, which no graph can record.
+    updates = [CudaGraph(partial(update, with_policy), graphed and on_gpu) for with_policy in (False, True)]
     act = CudaGraph(agent.sample_actions, graphed)
     players = {
         "eval": CudaGraph(agent.eval_actions, graphed),
@@ -783,8 +788,8 @@ def train(args: Args) -> None:
             stopping = len(signals) > 0  # a signal that comes later than here is for the next step
             save_now |= global_step == last_step or stopping
             log_now = due(global_step, args.log_frequency, args.num_envs)
-            if metrics and (log_now or save_now or device.type == "cpu"):
-                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))  # syncs
+            if metrics:
+                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
@@ -795,7 +800,7 @@ def train(args: Args) -> None:
                 for message in agent.warnings(scalars, num_updates):
                     warn(message)
             if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
-                with torch.random.fork_rng():  # training's random numbers stay as they are
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's is left as it is
                     torch.manual_seed(derive_seed(args.seed, global_step, 2))
                     log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):

@@ -1,5 +1,6 @@
 """CUDA graphs: what a machine without a GPU can check; and, with one, that every mode gives the same numbers."""
 
+import gc
 import importlib
 
 import numpy as np
@@ -16,6 +17,21 @@ CASES = [
     ("smfp_continuous", {"critic": "crossq", "target_candidates": 2, "behavior_candidates": 4}),
 ]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def deterministic():
+    """As `train` sets it: it changes kernels."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_graph_is_left():
+    """One that is collected while another is being recorded spoils it."""
+    yield
+    gc.collect()
 
 
 class OnlyOn(TorchDispatchMode):
@@ -60,14 +76,38 @@ def test_a_host_read_would_be_noticed():
         x.sum().item()
 
 
+@needs_cuda
+@pytest.mark.parametrize(("script", "options"), CASES)
+def test_no_operation_waits_for_the_gpu(script, options, deterministic):
+    """Where recording a graph would only say that it failed, this names the operation."""
+    module, device = importlib.import_module(script), torch.device("cuda")
+    action_dim = action_size(options)
+    agent = module.Agent(11, action_dim, module.Args(**options), device)
+    buffer = module.ReplayBuffer(100, 1, 11, action_dim, device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for with_policy in (True, False):
+            batch = buffer.sample(8, device)
+            agent.update(*batch, with_policy)
+        agent.sample_actions(batch[0]), agent.eval_actions(batch[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def action_size(options):
+    """Determinants above 16 x 16 are another kernel."""
+    return 17 if options.get("likelihood") == "exact" else 3
+
+
 def trained(script, options, graphed, updates=100):
     """An agent after some updates from a buffer on the GPU, eagerly or by graphs, and the losses on the way."""
     module, device = importlib.import_module(script), torch.device("cuda")
     torch.manual_seed(0)
-    agent = module.Agent(11, 3, module.Args(**options), device)
-    buffer, random = module.ReplayBuffer(1000, 1, 11, 3, device), np.random.default_rng(0)
+    action_dim = action_size(options)
+    agent = module.Agent(11, action_dim, module.Args(**options), device)
+    buffer, random = module.ReplayBuffer(1000, 1, 11, action_dim, device), np.random.default_rng(0)
     for _ in range(900):
-        obs, actions, next_obs = (random.uniform(-1, 1, (1, n)) for n in (11, 3, 11))
+        obs, actions, next_obs = (random.uniform(-1, 1, (1, n)) for n in (11, action_dim, 11))
         buffer.add(obs, actions, random.uniform(-1, 1, 1), np.zeros(1), next_obs, np.zeros(1, bool))
     kinds = [
         module.CudaGraph(lambda kind=kind: agent.update(*buffer.sample(64, device), kind), graphed)
@@ -79,7 +119,7 @@ def trained(script, options, graphed, updates=100):
 
 @needs_cuda
 @pytest.mark.parametrize(("script", "options"), CASES)
-def test_graphed_training_equals_eager_training(script, options):
+def test_graphed_training_equals_eager_training(script, options, deterministic):
     (eager, eager_losses), (graphed, graphed_losses) = (trained(script, options, flag) for flag in (False, True))
     torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=1e-4)
     for name, value in eager.state_dict().items():
