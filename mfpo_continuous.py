@@ -30,6 +30,7 @@ temperature is too low for the proposals; diagnostics/entropy should approach -r
 diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task.
 """
 
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -166,42 +167,41 @@ class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
 
+def require(args: Args, names: str, holds, what: str) -> None:
+    """Fail at the first of the arguments `names` whose value is not `what`, as `holds` tells."""
+    for name in names.split():
+        if not holds(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+
+
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
-    positive = ("total_timesteps", "num_envs", "buffer_size", "batch_size", "policy_frequency", "log_frequency")
-    for name in (*positive, "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
-    if "/" in args.exp_name:
-        fail(f"--exp-name is {args.exp_name}; it must not contain a /")
-    if not 0 <= args.gamma < 1:
-        fail(f"--gamma is {args.gamma}; it must be in [0, 1)")
-    if not 0 < args.tau <= 1:
-        fail(f"--tau is {args.tau}; it must be in (0, 1]")
-    if not 0 < args.utd_ratio < math.inf:
-        fail(f"--utd-ratio is {args.utd_ratio}; it must be positive and finite")
-    if not 0 < args.alpha < math.inf:
-        fail(f"--alpha is {args.alpha}; it must be positive and finite")
-    if args.batch_size > args.buffer_size:
-        fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
-    if args.learning_starts < args.batch_size:
-        fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
-    if args.learning_starts < args.num_envs:
-        fail(f"--learning-starts {args.learning_starts} is below --num-envs {args.num_envs}; raise it")
+    counts = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency eval_episodes"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    frequencies = "eval_frequency checkpoint_frequency diagnostics_frequency"
+    require(args, f"seed learning_starts {frequencies}", lambda x: x >= 0, "at least 0")
+    require(args, "exp_name", lambda x: "/" not in x, "without a /")
+    require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
+    require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
+    require(args, "utd_ratio alpha", lambda x: 0 < x < math.inf, "positive and finite")
+    check_algorithm(args)
+    for small, large in (
+        ("batch_size", "buffer_size"),
+        ("batch_size", "learning_starts"),
+        ("num_envs", "learning_starts"),
+        ("num_envs", "total_timesteps"),
+    ):
+        if getattr(args, small) > getattr(args, large):
+            flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small)]
+            fail(f"{flags[0]} is below {flags[1]}; raise it")
     if args.buffer_size < 4 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
-    if args.total_timesteps < args.num_envs:
-        fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag):
             try:
                 __import__(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-    check_algorithm(args)
 
 
 class CheckedEnv(gym.Wrapper):
@@ -399,30 +399,23 @@ class CudaGraph:
 
 def check_algorithm(args: Args) -> None:
     """The part of `check_args` that belongs to this algorithm."""
-    counts = ("sampling_steps", "policy_proposals", "gaussian_proposals", "divergence_probes", "eval_candidates")
-    for name in counts:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if not 0 < args.learning_rate < math.inf:
-        fail(f"--learning-rate is {args.learning_rate}; it must be positive and finite")
-    if not 0 <= args.data_proportion < 1:
-        fail(
-            f"--data-proportion is {args.data_proportion}; it must be in [0, 1); for plain flow matching: --no-meanflow"
-        )
+    counts = "sampling_steps policy_proposals gaussian_proposals divergence_probes eval_candidates"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "num_atoms", lambda x: x >= 2, "at least 2")
+    require(args, "learning_rate", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "data_proportion", lambda x: 0 <= x < 1, "in [0, 1); for plain flow matching: --no-meanflow")
+    require(args, "rho v_min v_max", math.isfinite, "finite")
+    if args.v_min >= args.v_max:
+        fail(f"--v-min {args.v_min} must be below --v-max {args.v_max}")
     if args.likelihood == "none" and args.autotune:
         fail("--likelihood none has no entropy to tune the temperature by; add --no-autotune and choose --alpha")
-    if args.num_atoms < 2:
-        fail(f"--num-atoms is {args.num_atoms}; it must be at least 2")
-    if not -math.inf < args.v_min < args.v_max < math.inf:
-        fail(f"--v-min {args.v_min} must be below --v-max {args.v_max}, both finite")
-    if not math.isfinite(args.rho):
-        fail(f"--rho is {args.rho}; it must be finite")
 
 
 class ConcatLinear(nn.Linear):
     """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
 
-    What all K proposals of a state share (the observation, and the sampler's time) is multiplied once, not K times.
+    What all candidates of a state share is multiplied once, not for each. The largest input comes last: then only one
+    sum is of its size.
     """
 
     def __init__(self, in_features: tuple[int, ...], out_features: int):
@@ -430,8 +423,8 @@ class ConcatLinear(nn.Linear):
         self.sizes = in_features
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        first, *rest = (F.linear(x, w) for x, w in zip(inputs, self.weight.split(self.sizes, dim=1), strict=True))
-        return sum(rest, first + self.bias)
+        first, *rest = zip(inputs, self.weight.split(self.sizes, dim=1), strict=True)
+        return sum((F.linear(x, weight) for x, weight in rest), F.linear(*first, self.bias))
 
 
 class MLP(nn.Module):
@@ -472,10 +465,10 @@ class MeanFlowNetwork(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, out_dim: int):
         super().__init__()
         self.embed_t, self.embed_interval = TimeEmbedding(), TimeEmbedding()
-        self.mlp = MLP((action_dim, obs_dim, 64), out_dim)
+        self.mlp = MLP((obs_dim, 64, action_dim), out_dim)
 
     def forward(self, obs: torch.Tensor, x: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x, obs, self.embed_t(t) + self.embed_interval(t - r))
+        return self.mlp(obs, self.embed_t(t) + self.embed_interval(t - r), x)
 
 
 def xavier_uniform(module: nn.Module) -> None:
@@ -546,11 +539,11 @@ def meanflow_target(average, x_t, r, t, velocity, instantaneous) -> torch.Tensor
 def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     """Value of a vector field at x (B, d) and the Skilling-Hutchinson estimate (B, 1) of its divergence.
 
-    The mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e), J by forward mode.
+    The mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e), J by forward mode, for all
+    probes at once: `field` takes (N, B, d) too.
     """
-    products = [torch.func.jvp(field, (x,), (e,)) for e in probes]
-    jacobian_probes = torch.stack([je for _, je in products])  # (N, B, d)
-    return products[0][0], (probes * jacobian_probes).sum(-1, keepdim=True).mean(0)
+    values, products = torch.func.jvp(field, (x.expand_as(probes).clone(),), (probes,))
+    return values[0], (probes * products).sum(-1, keepdim=True).mean(0)
 
 
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -606,12 +599,9 @@ class Agent(nn.Module):
         self.data_proportion = args.data_proportion if args.meanflow else 1.0
         self.actor = MeanFlowNetwork(obs_dim, action_dim, action_dim)
         self.divergence = MeanFlowNetwork(obs_dim, action_dim, 1)
-        self.qf1, self.qf2, self.qf1_target, self.qf2_target = (
-            MLP((obs_dim, action_dim), args.num_atoms) for _ in range(4)
-        )
+        self.qf1, self.qf2 = (MLP((obs_dim, action_dim), args.num_atoms) for _ in range(2))
         self.apply(xavier_uniform)
-        self.qf1_target.load_state_dict(self.qf1.state_dict())
-        self.qf2_target.load_state_dict(self.qf2.state_dict())
+        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
@@ -967,6 +957,7 @@ def train(args: Args) -> None:
     obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)

@@ -27,6 +27,7 @@ Maximise sum_t E[r_t + alpha H(pi(.|s_t))] by alternating
 In TensorBoard: eval/episodic_return is the score; diagnostics/entropy should settle at -d.
 """
 
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -133,42 +134,41 @@ class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
 
+def require(args: Args, names: str, holds, what: str) -> None:
+    """Fail at the first of the arguments `names` whose value is not `what`, as `holds` tells."""
+    for name in names.split():
+        if not holds(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+
+
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
-    positive = ("total_timesteps", "num_envs", "buffer_size", "batch_size", "policy_frequency", "log_frequency")
-    for name in (*positive, "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
-    if "/" in args.exp_name:
-        fail(f"--exp-name is {args.exp_name}; it must not contain a /")
-    if not 0 <= args.gamma < 1:
-        fail(f"--gamma is {args.gamma}; it must be in [0, 1)")
-    if not 0 < args.tau <= 1:
-        fail(f"--tau is {args.tau}; it must be in (0, 1]")
-    if not 0 < args.utd_ratio < math.inf:
-        fail(f"--utd-ratio is {args.utd_ratio}; it must be positive and finite")
-    if not 0 < args.alpha < math.inf:
-        fail(f"--alpha is {args.alpha}; it must be positive and finite")
-    if args.batch_size > args.buffer_size:
-        fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
-    if args.learning_starts < args.batch_size:
-        fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
-    if args.learning_starts < args.num_envs:
-        fail(f"--learning-starts {args.learning_starts} is below --num-envs {args.num_envs}; raise it")
+    counts = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency eval_episodes"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    frequencies = "eval_frequency checkpoint_frequency diagnostics_frequency"
+    require(args, f"seed learning_starts {frequencies}", lambda x: x >= 0, "at least 0")
+    require(args, "exp_name", lambda x: "/" not in x, "without a /")
+    require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
+    require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
+    require(args, "utd_ratio alpha", lambda x: 0 < x < math.inf, "positive and finite")
+    check_algorithm(args)
+    for small, large in (
+        ("batch_size", "buffer_size"),
+        ("batch_size", "learning_starts"),
+        ("num_envs", "learning_starts"),
+        ("num_envs", "total_timesteps"),
+    ):
+        if getattr(args, small) > getattr(args, large):
+            flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small)]
+            fail(f"{flags[0]} is below {flags[1]}; raise it")
     if args.buffer_size < 4 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
-    if args.total_timesteps < args.num_envs:
-        fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag):
             try:
                 __import__(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-    check_algorithm(args)
 
 
 class CheckedEnv(gym.Wrapper):
@@ -366,9 +366,7 @@ class CudaGraph:
 
 def check_algorithm(args: Args) -> None:
     """The part of `check_args` that belongs to this algorithm."""
-    for name in ("policy_lr", "q_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
+    require(args, "policy_lr q_lr", lambda x: 0 < x < math.inf, "positive and finite")
 
 
 class SoftQNetwork(nn.Module):
@@ -426,9 +424,7 @@ class Agent(nn.Module):
         self.args = args
         self.actor = Actor(obs_dim, action_dim)
         self.qf1, self.qf2 = SoftQNetwork(obs_dim, action_dim), SoftQNetwork(obs_dim, action_dim)
-        self.qf1_target, self.qf2_target = SoftQNetwork(obs_dim, action_dim), SoftQNetwork(obs_dim, action_dim)
-        self.qf1_target.load_state_dict(self.qf1.state_dict())
-        self.qf2_target.load_state_dict(self.qf2.state_dict())
+        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -float(action_dim)
         self.to(device)
@@ -653,6 +649,7 @@ def train(args: Args) -> None:
     obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)

@@ -38,6 +38,7 @@ at least diagnostics/entropy_gap. losses/kl is how far the policy is from its sl
 far one update moves it (both the bound above).
 """
 
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -172,42 +173,41 @@ class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
 
+def require(args: Args, names: str, holds, what: str) -> None:
+    """Fail at the first of the arguments `names` whose value is not `what`, as `holds` tells."""
+    for name in names.split():
+        if not holds(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+
+
 def check_args(args: Args) -> None:
     """Reject numbers that contradict each other or make no sense."""
-    positive = ("total_timesteps", "num_envs", "buffer_size", "batch_size", "policy_frequency", "log_frequency")
-    for name in (*positive, "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "diagnostics_frequency"):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
-    if "/" in args.exp_name:
-        fail(f"--exp-name is {args.exp_name}; it must not contain a /")
-    if not 0 <= args.gamma < 1:
-        fail(f"--gamma is {args.gamma}; it must be in [0, 1)")
-    if not 0 < args.tau <= 1:
-        fail(f"--tau is {args.tau}; it must be in (0, 1]")
-    if not 0 < args.utd_ratio < math.inf:
-        fail(f"--utd-ratio is {args.utd_ratio}; it must be positive and finite")
-    if not 0 < args.alpha < math.inf:
-        fail(f"--alpha is {args.alpha}; it must be positive and finite")
-    if args.batch_size > args.buffer_size:
-        fail(f"--batch-size {args.batch_size} is above --buffer-size {args.buffer_size}; lower it or raise the buffer")
-    if args.learning_starts < args.batch_size:
-        fail(f"--learning-starts {args.learning_starts} is below --batch-size {args.batch_size}; raise it")
-    if args.learning_starts < args.num_envs:
-        fail(f"--learning-starts {args.learning_starts} is below --num-envs {args.num_envs}; raise it")
+    counts = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency eval_episodes"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    frequencies = "eval_frequency checkpoint_frequency diagnostics_frequency"
+    require(args, f"seed learning_starts {frequencies}", lambda x: x >= 0, "at least 0")
+    require(args, "exp_name", lambda x: "/" not in x, "without a /")
+    require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
+    require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
+    require(args, "utd_ratio alpha", lambda x: 0 < x < math.inf, "positive and finite")
+    check_algorithm(args)
+    for small, large in (
+        ("batch_size", "buffer_size"),
+        ("batch_size", "learning_starts"),
+        ("num_envs", "learning_starts"),
+        ("num_envs", "total_timesteps"),
+    ):
+        if getattr(args, small) > getattr(args, large):
+            flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small)]
+            fail(f"{flags[0]} is below {flags[1]}; raise it")
     if args.buffer_size < 4 * args.num_envs:
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
-    if args.total_timesteps < args.num_envs:
-        fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag):
             try:
                 __import__(package)
             except ImportError:
                 fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-    check_algorithm(args)
 
 
 class CheckedEnv(gym.Wrapper):
@@ -405,22 +405,14 @@ class CudaGraph:
 
 def check_algorithm(args: Args) -> None:
     """The part of `check_args` that belongs to this algorithm."""
-    for name in ("policy_lr", "q_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive and finite")
-    counts = ("latents", "behavior_candidates", "target_candidates", "eval_candidates")
-    for name in (*counts, "critic_width"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("kl_coef", "meanflow_coef"):
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be finite and not negative")
+    counts = "latents behavior_candidates target_candidates eval_candidates critic_width"
+    require(args, counts, lambda x: x >= 1, "at least 1")
+    require(args, "policy_lr q_lr", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "kl_coef meanflow_coef", lambda x: 0 <= x < math.inf, "at least 0 and finite")
+    require(args, "policy_tau", lambda x: 0 < x <= 1, "in (0, 1]")
+    require(args, "data_proportion", lambda x: 0 <= x <= 1, "in [0, 1]")
     if args.target_candidates > args.latents:
         fail(f"--target-candidates {args.target_candidates} is above --latents {args.latents}; lower it or raise M")
-    if not 0 < args.policy_tau <= 1:
-        fail(f"--policy-tau is {args.policy_tau}; it must be in (0, 1]")
-    if not 0 <= args.data_proportion <= 1:
-        fail(f"--data-proportion is {args.data_proportion}; it must be in [0, 1]")
 
 
 class BatchRenorm(nn.Module):
@@ -454,19 +446,35 @@ class BatchRenorm(nn.Module):
         return ((x - mean) / std * r + d) * self.weight + self.bias
 
 
+class ConcatLinear(nn.Linear):
+    """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
+
+    What all candidates of a state share is multiplied once, not for each. The largest input comes last: then only one
+    sum is of its size.
+    """
+
+    def __init__(self, in_features: tuple[int, ...], out_features: int):
+        super().__init__(sum(in_features), out_features)
+        self.sizes = in_features
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        first, *rest = zip(inputs, self.weight.split(self.sizes, dim=1), strict=True)
+        return sum((F.linear(x, weight) for x, weight in rest), F.linear(*first, self.bias))
+
+
 class SoftQNetwork(nn.Module):
     """Q(s, a) for obs (..., obs_dim) and actions (..., d) in [-1, 1]; returns (...). `renorm` is CrossQ's form."""
 
     def __init__(self, obs_dim: int, action_dim: int, width: int, renorm: bool):
         super().__init__()
-        layers = [BatchRenorm(obs_dim + action_dim)] if renorm else []
-        for features in (obs_dim + action_dim, width):
-            layers += [nn.Linear(features, width), nn.ReLU()] + ([BatchRenorm(width)] if renorm else [])
-        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
+        norm = BatchRenorm if renorm else nn.Identity
+        self.norm_obs, self.norm_actions = norm(obs_dim), norm(action_dim)
+        self.first = ConcatLinear((obs_dim, action_dim), width)
+        layers = [nn.ReLU(), norm(width), nn.Linear(width, width), nn.ReLU(), norm(width)]
+        self.rest = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        obs = obs.expand(*actions.shape[:-1], -1)
-        return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+        return self.rest(self.first(self.norm_obs(obs), self.norm_actions(actions))).squeeze(-1)
 
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -480,16 +488,14 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.sizes = (obs_dim, action_dim, 1, 1)
-        self.first = nn.Linear(sum(self.sizes), 256)
+        self.first = ConcatLinear((obs_dim, action_dim + 2), 256)
         self.second = nn.Linear(256, 256)
         self.velocity = nn.Linear(256, action_dim)
         self.log_std = nn.Linear(256, action_dim)
 
     def forward(self, obs, x, r, t) -> tuple[torch.Tensor, torch.Tensor]:
-        # The first layer on the concatenation, without forming it: what M latents share is multiplied once.
-        parts = zip((obs, x, r, t), self.first.weight.split(self.sizes, dim=1), strict=True)
-        h = F.silu(sum((F.linear(x, w) for x, w in parts), self.first.bias))
+        flow = torch.cat([x, r.expand(*x.shape[:-1], 1), t.expand(*x.shape[:-1], 1)], dim=-1)
+        h = F.silu(self.first(obs, flow))
         h = F.silu(self.second(h))
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(self.log_std(h)) + 1)
         return self.velocity(h), log_std
@@ -565,21 +571,16 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.args, self.action_dim, self.crossq = args, action_dim, args.critic == "crossq"
-        self.policy, self.slow_policy = Policy(obs_dim, action_dim), Policy(obs_dim, action_dim)
-        self.slow_policy.load_state_dict(self.policy.state_dict())
+        self.policy = Policy(obs_dim, action_dim)
+        self.slow_policy = copy.deepcopy(self.policy)
         self.qf1, self.qf2 = (SoftQNetwork(obs_dim, action_dim, args.critic_width, self.crossq) for _ in range(2))
-        if not self.crossq:
-            self.qf1_target, self.qf2_target = (
-                SoftQNetwork(obs_dim, action_dim, args.critic_width, False) for _ in range(2)
-            )
-            self.qf1_target.load_state_dict(self.qf1.state_dict())
-            self.qf2_target.load_state_dict(self.qf2.state_dict())
+        # CrossQ has no target networks: there the critics are their own.
+        self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -float(action_dim)
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
-        if not self.crossq:
-            self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
+        self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         beta_1 = 0.5 if self.crossq else 0.9
         self.q_optimizer, self.policy_optimizer, self.alpha_optimizer = (
             torch.optim.Adam(parameters, lr=lr, betas=(beta, 0.999), fused=True, capturable=True)
@@ -591,8 +592,7 @@ class Agent(nn.Module):
         )
 
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
-        """The smaller of the two critics, or of their target networks where there are any."""
-        target = target and not self.crossq
+        """The smaller of the two critics, or of their target networks."""
         qf1, qf2 = (self.qf1_target, self.qf2_target) if target else (self.qf1, self.qf2)
         return torch.minimum(qf1(obs, actions), qf2(obs, actions))
 
@@ -654,9 +654,8 @@ class Agent(nn.Module):
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         self.q_optimizer.step()
-        if not self.crossq:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
         return {
             "losses/qf1_values": q1.mean(),
             "losses/qf2_values": q2.mean(),
@@ -884,6 +883,7 @@ def train(args: Args) -> None:
     obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)

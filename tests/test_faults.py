@@ -356,7 +356,7 @@ BAD_LINES = """
 --buffer-size -1 | --buffer-size is -1
 --buffer-size 1000000000000 | would fit
 --buffer-size 300 --num-envs 200 | --buffer-size 300 is too small for --num-envs 200
---batch-size 512 --buffer-size 300 | --batch-size 512 is above --buffer-size 300
+--batch-size 512 --buffer-size 300 | --buffer-size 300 is below --batch-size 512
 --batch-size 0 | --batch-size is 0
 --learning-starts 10 | --learning-starts 10 is below --batch-size 256
 --learning-starts -1 | --learning-starts is -1
