@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium[mujoco]==1.4.0",
@@ -256,6 +256,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
+    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # that is what is asked for
     env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     env = gym.wrappers.DtypeObservation(env, np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)

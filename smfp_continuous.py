@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium[mujoco]==1.4.0",
@@ -12,7 +12,7 @@
 # ///
 """Stochastic MeanFlow Policies (SMFP): a one-step, multimodal policy trained by entropic mirror descent.
 
-Paper: https://arxiv.org/abs/2605.21282. MeanFlow itself: https://arxiv.org/abs/2505.13447. Public of the paper are its
+Paper: https://arxiv.org/abs/2605.21282. MeanFlow itself: https://arxiv.org/abs/2505.13447. Public are only the paper's
 abstract and scattered facts: one network evaluation per action; a stochastic reparameterisation with a tractable
 entropy surrogate; one objective for the entropy and a KL to the previous policy; mirror descent as a re-weighted
 MeanFlow regression; the best of K_b actions by Q for exploring and of K_t in the TD target; a CrossQ critic. The rest
@@ -32,10 +32,10 @@ is our construction: the Gaussian head, the M-latent bound, the three terms. K_b
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' the slow copies
     alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
 
-In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread near 0 means that the latent is unused and
-the policy a Gaussian (a large one does not prove several modes: at first m is about e). The entropy bound is loose by
-at least diagnostics/entropy_gap. losses/kl is how far the policy is from its slow copy, diagnostics/kl_of_update how
-far one update moves it (both the bound above).
+In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma means that the
+policy is nearly a Gaussian (above it, there need not be several modes: at first m is about e). The entropy bound is
+loose by at least diagnostics/entropy_gap. losses/kl is how far the policy is from its slow copy,
+diagnostics/kl_of_update how far one update moves it (both the bound above).
 """
 
 import copy
@@ -262,6 +262,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
+    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # that is what is asked for
     env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     env = gym.wrappers.DtypeObservation(env, np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)
@@ -519,9 +520,14 @@ def mixture_log_prob(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor)
     return log_prob.logsumexp(-1) - math.log(mean.shape[-2])
 
 
+def policy_log_prob(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """log pi_M(a|s) of a = tanh(y), y (..., N, d), under the components (..., M, d); returns (..., N)."""
+    return mixture_log_prob(y, mean, log_std) - tanh_log_det(y)
+
+
 def entropy_bound(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """-E[log pi_M(a|s)] of a = tanh(y), y (..., M, d) one sample of each component: the entropy's lower bound."""
-    return -(mixture_log_prob(y, mean, log_std) - tanh_log_det(y)).mean(-1)
+    return -policy_log_prob(y, mean, log_std).mean(-1)
 
 
 def gaussian_kl(mean, log_std, mean_k, log_std_k) -> torch.Tensor:
@@ -540,13 +546,13 @@ def mirror_descent_weights(q: torch.Tensor, log_prob_k: torch.Tensor, alpha, kl_
 
 def resample(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """One of y (B, P, d) for each row, drawn by weights (B, P) that sum to 1; returns (B, d)."""
-    uniform = torch.rand(len(y), 1, device=y.device)
-    chosen = (weights.cumsum(-1)[:, :-1] <= uniform).sum(-1)  # by inverse CDF: torch.multinomial asks the host
+    # The winner of an exponential race, as torch.multinomial draws it, but without its look at the host.
+    chosen = (weights / torch.empty_like(weights).exponential_()).argmax(-1)
     return y.take_along_dim(chosen[:, None, None], 1)[:, 0]
 
 
 def sample_times(batch_size: int, data_proportion: float, device: torch.device):
-    """Interval ends t >= r, each (B, 1), uniform; the first `data_proportion` of the batch has r = t."""
+    """Interval ends t >= r, each (B, 1): two uniform numbers; in the first `data_proportion` of the batch r = t."""
     times = torch.rand(2, batch_size, 1, device=device)
     t, r = times.amax(0), times.amin(0)
     n = int(batch_size * data_proportion)
@@ -638,7 +644,7 @@ class Agent(nn.Module):
             y, mean, log_std = self.sample_latents(self.policy, next_obs, e)
             y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
             next_actions = torch.tanh(y[:, 0])
-            next_log_prob = (mixture_log_prob(y, mean, log_std) - tanh_log_det(y))[:, 0]
+            next_log_prob = policy_log_prob(y, mean, log_std)[:, 0]
         if self.crossq:
             self.qf1.train(), self.qf2.train()  # the running statistics learn in this pass alone
             both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
@@ -654,8 +660,9 @@ class Agent(nn.Module):
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         self.q_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
+        if not self.crossq:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
         return {
             "losses/qf1_values": q1.mean(),
             "losses/qf2_values": q2.mean(),
@@ -689,7 +696,7 @@ class Agent(nn.Module):
                 weights = torch.full(y_k.shape[:-1], 1 / args.latents, device=obs.device)
                 if args.mirror_descent_weights:
                     q_k = self.q_value(obs[:, None], torch.tanh(y_k))
-                    log_prob_k = mixture_log_prob(y_k, mean_k, log_std_k) - tanh_log_det(y_k)
+                    log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
                     weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
                 y_0 = resample(y_k, weights)
                 eps = torch.randn_like(y_0)

@@ -1,6 +1,7 @@
 """Every equation against something independent: a closed form, quadrature, SciPy, brute-force autograd or a loop."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -232,9 +233,13 @@ def test_time_pairs():
     logit_normal = torch.sigmoid(torch.tensor(scipy.stats.norm(-0.4, 1).rvs((2, 100_000), random_state=0)))
     assert t.mean().item() == pytest.approx(logit_normal.amax(0).mean().item(), abs=0.005)
     assert r[30_000:].mean().item() == pytest.approx(logit_normal.amin(0).mean().item(), abs=0.01)
+    for draw in (partial(mfpo.sample_times, distribution="uniform"), smfp.sample_times):
+        t, r = draw(40_000, 0.25, device=torch.device("cpu"))
+        assert (t >= r).all() and (t == r).float().mean().item() == pytest.approx(0.25, abs=1e-3)
+        assert scipy.stats.kstest(t[:, 0], lambda x: x**2).statistic < 0.01  # the larger of two uniform numbers
+        assert scipy.stats.kstest(r[10_000:, 0], lambda x: 1 - (1 - x) ** 2).statistic < 0.01  # the smaller
     t, r = mfpo.sample_times(40_000, 0.25, "uniform", torch.device("cpu"))
-    assert (t == r).float().mean().item() == pytest.approx(0.25, abs=1e-3) and r.min() > 0 and t.max() < 1
-    assert scipy.stats.kstest(t[:, 0], lambda x: x**2).statistic < 0.01  # the larger of two uniform numbers
+    assert r.min() > 0 and t.max() < 1  # the proposals divide by t and 1 - t
 
 
 def test_best_of_n_plays_the_candidate_with_the_highest_target_value():

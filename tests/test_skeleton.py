@@ -39,6 +39,7 @@ def scalars(folder):
 @pytest.mark.parametrize("script", MODULES)
 def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     flags = ["--env-id", env_id, *SHORT, "--eval-frequency", 225, "--eval-episodes", 2, "--save-model"]
+    flags += ["--diagnostics-frequency", 150]
     if script == "mfpo_continuous":
         flags += ["--policy-proposals", 4, "--gaussian-proposals", 4]
     done = command_line(script, tmp_path, *flags)
@@ -51,7 +52,11 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     expected |= {f"{tag}/episodic_return{end}" for tag in ("eval", "eval_exploring") for end in ("", "_std")}
     if script == "mfpo_continuous":
         names = ("ess_policy", "ess_gaussian", "policy_proposal_weight", "clipped_fraction", "edge_mass")
+        names += ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias")
         expected |= {"losses/divergence_loss", *(f"diagnostics/{name}" for name in names)}
+    if script == "smfp_continuous":
+        names = ("ess", "sigma", "kl_of_update", "latent_spread", "entropy_8m", "entropy_gap")
+        expected |= {"losses/kl", "losses/meanflow_loss", *(f"diagnostics/{name}" for name in names)}
     assert expected <= logged.keys()
     assert all(np.isfinite(value) for series in logged.values() for _, value in series)
     assert [step for step, _ in logged["losses/actor_loss"]] == [200, 250, 300, 350, 400, 450]

@@ -192,17 +192,94 @@ def batch(size=32, obs_dim=3, action_dim=2):
     return obs, actions, rewards, (torch.rand(size) < 0.2).float(), next_obs
 
 
-def policy_gradient(**flags):
-    """Gradient of the policy's loss, from the same networks, batch and noise whatever the flags."""
+def perturbed_agent(**flags):
+    """An agent whose slow policy differs from its policy, the same whatever the flags."""
     torch.manual_seed(0)
     agent = smfp.Agent(3, 2, smfp.Args(alpha=0.5, **flags), CPU)
-    with torch.no_grad():  # a slow copy that differs
+    with torch.no_grad():
         for p in agent.slow_policy.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    obs = batch()[0]
+    return agent
+
+
+def policy_gradient(**flags):
+    """Gradient of the policy's loss, from the same networks, batch and noise whatever the flags."""
+    agent, obs = perturbed_agent(**flags), batch()[0]
     torch.manual_seed(1)
     agent.update_policy(obs, torch.tensor(0.5))
-    return torch.cat([p.grad.flatten() for p in agent.policy.parameters()]), agent, obs
+    return torch.cat([p.grad.flatten() for p in agent.policy.parameters()])
+
+
+def gradient_by_hand(loss, agent):
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, [*agent.policy.parameters()], materialize_grads=True)]
+    )
+
+
+def log_pi(y, mean, log_std):
+    """log pi_M of tanh(y), y (B, N, d), by torch.distributions."""
+    normal = torch.distributions.Normal(mean[:, None], log_std.exp()[:, None])  # (B, 1, M, d)
+    log_prob = normal.log_prob(y[:, :, None]).sum(-1).logsumexp(-1) - math.log(mean.shape[1])
+    return log_prob - (1 - y.tanh() ** 2).log().sum(-1)
+
+
+def test_the_first_term_is_alpha_log_pi_minus_the_smaller_q():
+    agent, obs = perturbed_agent(), batch()[0]
+    torch.manual_seed(1)
+    mean, log_std = smfp.one_step(agent.policy, obs[:, None], torch.randn(32, 5, 2))
+    y = mean + log_std.exp() * torch.randn(32, 5, 2)
+    q = torch.minimum(agent.qf1(obs[:, None], y.tanh()), agent.qf2(obs[:, None], y.tanh()))
+    expected = gradient_by_hand((0.5 * log_pi(y, mean, log_std) - q).mean(), agent)
+    torch.testing.assert_close(policy_gradient(kl_coef=0, meanflow_coef=0), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_second_term_is_the_kl_to_the_slow_copy_times_lambda():
+    agent, obs = perturbed_agent(), batch()[0]
+    torch.manual_seed(1)
+    e = torch.randn(32, 5, 2)
+    pairs = [smfp.one_step(policy, obs[:, None], e) for policy in (agent.policy, agent.slow_policy)]
+    normals = [torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in pairs]
+    kl = torch.distributions.kl_divergence(*normals).sum(-1).mean()
+    found = policy_gradient(kl_coef=0.2, meanflow_coef=0) - policy_gradient(kl_coef=0, meanflow_coef=0)
+    torch.testing.assert_close(found, gradient_by_hand(0.2 * 0.5 * kl, agent), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_third_term_regresses_on_slow_samples_drawn_by_the_mirror_descent_weights(weighted, monkeypatch):
+    """The draws of the update, seen from outside; its target by a finite difference along the flow."""
+    seen = []
+    monkeypatch.setattr(
+        smfp, "resample", lambda y, w, real=smfp.resample: seen.append([y, w, real(y, w)]) or seen[-1][2]
+    )
+    monkeypatch.setattr(smfp, "sample_times", lambda *a, real=smfp.sample_times: seen.append(real(*a)) or seen[-1])
+    flags = {"kl_coef": 0.3, "mirror_descent_weights": weighted}
+    found = policy_gradient(**flags, meanflow_coef=2) - policy_gradient(**flags, meanflow_coef=0)
+    (y_k, weights, y_0), (t, r) = seen
+    agent, obs = perturbed_agent(), batch()[0]
+    torch.manual_seed(1)
+    e, _, _ = (torch.randn(32, 5, 2) for _ in range(3))
+    mean_k, log_std_k = smfp.one_step(agent.slow_policy, obs[:, None], e)
+    q = torch.minimum(*(qf(obs[:, None], y_k.tanh()) for qf in (agent.qf1, agent.qf2)))
+    unnormalised = ((q - 0.5 * log_pi(y_k, mean_k, log_std_k)) / (0.5 * 1.3)).exp() if weighted else torch.ones(32, 5)
+    torch.testing.assert_close(weights, unnormalised / unnormalised.sum(-1, keepdim=True), rtol=1e-3, atol=1e-4)
+    assert all((y_0[b] == y_k[b]).all(-1).any() for b in range(32))  # one of the slow copy's own samples
+
+    agent.double(), (y_0 := y_0.double()), (t := t.double()), (r := r.double()), (obs := obs.double())
+    eps = epsilon_of(weights)
+    u = lambda x, r, t: agent.policy(obs, x, r, t)[0]  # noqa: E731
+    x_t, v, h = (1 - t) * y_0 + t * eps, eps - y_0, 1e-5
+    derivative = (u(x_t + h * v, r, t + h) - u(x_t - h * v, r, t - h)) / (2 * h)
+    loss = ((u(x_t, r, t) - (v - (t - r) * derivative).detach()) ** 2).sum(-1).mean()
+    torch.testing.assert_close(found.double(), gradient_by_hand(2 * 0.5 * loss, agent), rtol=2e-3, atol=2e-5)
+
+
+def epsilon_of(weights):
+    """The noise of the regression's x_t: what follows the latents, two sets of xi and the draw of y_0."""
+    torch.manual_seed(1)
+    for _ in range(3):
+        torch.randn(32, 5, 2)
+    torch.empty_like(weights).exponential_()
+    return torch.randn(32, 2).double()
 
 
 def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
@@ -220,30 +297,33 @@ def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
     assert metrics["diagnostics/kl_of_update"].item() == pytest.approx(kl, rel=1e-3) and kl > 1e-4
 
 
-def test_each_term_enters_with_its_coefficient_and_0_removes_it():
-    none, _, _ = policy_gradient(kl_coef=0, meanflow_coef=0)
-    with_kl, _, _ = policy_gradient(kl_coef=0.2, meanflow_coef=0)
-    # The KL's gradient, by hand, from the policy before the update.
+def test_the_slow_copies_move_by_their_step_and_the_temperature_towards_its_target():
+    for target, sign in ((50.0, 1), (-50.0, -1)):
+        torch.manual_seed(0)
+        agent = smfp.Agent(3, 2, smfp.Args(tau=0.25, policy_tau=0.5), CPU)
+        agent.target_entropy, before = target, copy.deepcopy(agent.state_dict())
+        agent.update(*batch())
+        after = agent.state_dict()
+        for slow, fast, step in (
+            ("slow_policy", "policy", 0.5),
+            ("qf1_target", "qf1", 0.25),
+            ("qf2_target", "qf2", 0.25),
+        ):
+            for name in getattr(agent, fast).state_dict():
+                expected = before[f"{slow}.{name}"].lerp(after[f"{fast}.{name}"], step)
+                torch.testing.assert_close(after[f"{slow}.{name}"], expected)
+        assert (agent.log_alpha.item() - before["log_alpha"].item()) * sign > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.6])
+def test_diagnostics_of_a_known_policy(scale, monkeypatch):
+    """The mean is `scale` times the latent, sigma 0.3: its spread is `scale`, and without it the bound is tight."""
+    monkeypatch.setattr(smfp, "one_step", lambda policy, obs, e: (scale * e, torch.full_like(e, math.log(0.3))))
     torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(alpha=0.5), CPU)
-    with torch.no_grad():
-        for p in agent.slow_policy.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    obs = batch()[0]
-    torch.manual_seed(1)
-    e = torch.randn(32, 5, 2)
-    new, old = smfp.one_step(agent.policy, obs[:, None], e), smfp.one_step(agent.slow_policy, obs[:, None], e)
-    normals = [torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in (new, old)]
-    kl = torch.distributions.kl_divergence(*normals).sum(-1).mean()
-    gradient = torch.autograd.grad(kl, [*agent.policy.parameters()])
-    expected = none + 0.2 * 0.5 * torch.cat([g.flatten() for g in gradient])
-    torch.testing.assert_close(with_kl, expected, rtol=1e-4, atol=1e-6)
-    one, _, _ = policy_gradient(kl_coef=0, meanflow_coef=1)
-    two, _, _ = policy_gradient(kl_coef=0, meanflow_coef=2)
-    torch.testing.assert_close(two - one, one - none, rtol=1e-3, atol=1e-5)
-    assert (one - none).norm() > 1e-3
-    unweighted, _, _ = policy_gradient(kl_coef=0, meanflow_coef=1, mirror_descent_weights=False)
-    assert (unweighted - one).norm() > 1e-3
+    found = smfp.Agent(1, 2, smfp.Args(), CPU).diagnostics(torch.zeros(4000, 1))
+    assert found["diagnostics/latent_spread"] == pytest.approx(scale, abs=0.01)
+    gap = found["diagnostics/entropy_gap"]
+    assert gap == pytest.approx(0, abs=1e-4) if scale == 0 else gap > 0.05
 
 
 def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
@@ -297,13 +377,29 @@ def test_crossq_has_no_targets_and_learns_its_statistics_in_the_critic_update_al
     assert renorm.num_batches == 0
     agent.update(*batch(), with_policy=False)
     assert renorm.num_batches == 1
+    obs, _, _, _, next_obs = batch()
+    torch.testing.assert_close(renorm.running_mean, 0.01 * torch.cat([obs, next_obs]).mean(0))  # of both halves
     assert all(torch.equal(p, q) for p, q in zip(before, agent.policy.parameters(), strict=True))
     agent.update(*batch())
     assert renorm.num_batches == 2  # the policy's update uses the running statistics
     assert not all(torch.equal(p, q) for p, q in zip(before, agent.policy.parameters(), strict=True))
-    obs, actions, _, _, next_obs = batch()
-    both = torch.cat([torch.cat([obs, actions], 1), torch.cat([next_obs, actions], 1)])
-    fresh = smfp.BatchRenorm(5)
-    fresh(both)
-    expected = 0.01 * both.mean(0)  # the statistics are those of both halves together
-    torch.testing.assert_close(fresh.running_mean, expected)
+
+
+def test_crossq_regresses_on_the_joint_pass_without_a_gradient_of_the_target():
+    torch.manual_seed(0)
+    agent = smfp.Agent(3, 2, smfp.Args(critic="crossq", latents=2, gamma=0.9), CPU)
+    critics = copy.deepcopy(agent.qf1).train(), copy.deepcopy(agent.qf2).train()
+    obs, actions, rewards, terminations, next_obs = batch()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        y, mean, log_std = agent.sample_latents(agent.policy, next_obs, torch.randn(32, 2, 2))
+        next_log_prob = log_pi(y[:, :1], mean, log_std)[:, 0]
+    values = [qf(torch.cat([obs, next_obs]), torch.cat([actions, y[:, 0].tanh()])) for qf in critics]
+    next_q = torch.minimum(values[0][32:], values[1][32:]).detach()
+    target = rewards + 0.9 * (1 - terminations) * (next_q - 0.5 * next_log_prob)
+    loss = sum(((q[:32] - target) ** 2).mean() for q in values)
+    expected = torch.autograd.grad(loss, [p for qf in critics for p in qf.parameters()])
+    torch.manual_seed(1)
+    agent.update_critics(obs, actions, rewards, terminations, next_obs, torch.tensor(0.5))
+    for p, gradient in zip(agent.q_parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
