@@ -26,7 +26,7 @@ Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps w
                 policy and from a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
 
 In TensorBoard: eval/episodic_return is the score (best of 10 candidates); diagnostics/ess_* falling to 1 means that the
-temperature is too low for the proposals; diagnostics/entropy should approach -rho d, where the temperature is learned;
+temperature is too low for the proposals; diagnostics/entropy should approach -rho d when the temperature is learned;
 diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task.
 """
 
@@ -78,13 +78,16 @@ class Args:
     wandb_entity: str | None = None
     """the Weights and Biases team"""
     capture_video: bool = False
-    """record one episode of every evaluation as MP4 in the run's folder (needs `pip install moviepy`)"""
+    """record an episode of each evaluated policy as MP4 in the run's folder (even numbers: eval, odd: eval_exploring;
+    written when the next one begins; needs `pip install moviepy`)"""
     save_model: bool = False
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
-    """load this model.pt, print the return of `eval_episodes` episodes under its own arguments and stop"""
+    """load this model.pt or checkpoint.pt, print the return of `eval_episodes` episodes and stop; of the other flags
+    only --seed, --capture-video and --cuda count, the rest is as saved in it"""
     checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints, at an episode's end if there is one; 0: only when the run stops"""
+    """steps of each environment between two checkpoints, which hold the replay buffer too; one begins new episodes, so
+    choose more than an episode's length; 0: only when the run stops"""
     resume: str | None = None
     """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
@@ -97,9 +100,9 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps, summed over the parallel environments"""
     num_envs: int = 1
-    """environments stepped side by side"""
+    """environments stepped in turn, on one batch of actions"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (the end of an episode takes the room of `num_envs` more)"""
+    """transitions that the replay buffer holds (each episode's end takes the room of `num_envs` more)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -146,7 +149,7 @@ class Args:
     v_max: float = 1600.0
     """largest atom (paper)"""
     policy_frequency: int = 1
-    """updates of the critics per update of the policy and the temperature"""
+    """updates of the critics per update of the policy, the divergence network and the temperature"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 0.01
@@ -279,8 +282,9 @@ class ReplayBuffer:
     """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
 
     Row p holds the observations at one step and, if they were acted on, the actions, rewards and terminations that
-    followed; row p + 1 holds the next observations. Where an episode ends, row p + 1 holds its last observation and
-    the next episode begins in row p + 2, so row p + 1 is no start of a transition. `starts` lists the rows that are.
+    followed; row p + 1 holds the next observations. Where the episode of any environment ends, row p + 1 holds the last
+    observations and row p + 2 the next ones' first, so row p + 1 is no start of a transition. `starts` lists the rows
+    that are.
     """
 
     RINGS = ("observations", "actions", "rewards", "terminations", "starts")
@@ -293,9 +297,9 @@ class ReplayBuffer:
         self.terminations = torch.zeros(self.rows, num_envs, device=device)
         self.starts = torch.zeros(self.rows, dtype=torch.long, device=device)  # itself a ring, oldest first
         # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
-        self.row = self.last_start = 0
+        self.row = self.num_starts = 0
         self.start_rows = deque()  # the rows in `starts` that are still whole
-        # First and last start on the device: sampling takes nothing from the host, as a CUDA graph must not.
+        # Which of them, from and up to, on the device: sampling takes nothing from the host, as a CUDA graph must not.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
 
     @staticmethod
@@ -315,33 +319,33 @@ class ReplayBuffer:
         self.actions[here] = torch.from_numpy(actions)
         self.rewards[here] = torch.from_numpy(rewards)
         self.terminations[here] = torch.from_numpy(terminations)
-        self.starts[self.last_start % self.rows].fill_(here)  # which, unlike an assignment, does not wait for a GPU
+        self.starts[self.num_starts % self.rows].fill_(here)
         self.start_rows.append(self.row)
-        self.last_start += 1
+        self.num_starts += 1
         self.skip(2 if dones.any() else 1)
 
     def skip(self, rows: int) -> None:
-        """Move on by some rows; one more than `add` does by itself separates what is not one episode."""
+        """Move on by some rows: `add` does by 1, and where an episode ends by 2, so that nothing leads across."""
         self.row += rows
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
             self.start_rows.popleft()
-        self.span[0].fill_(self.last_start - len(self.start_rows))
-        self.span[1].fill_(self.last_start)
+        self.span[0].fill_(self.num_starts - len(self.start_rows))
+        self.span[1].fill_(self.num_starts)
 
     def state_dict(self) -> dict:
         """The filled part of the rings, and the counters."""
         filled = min(self.row + 1, self.rows)
         # To the host, where there is room for it; and copied, for a view would be saved whole.
         rings = {name: getattr(self, name)[:filled].to("cpu", copy=True) for name in self.RINGS}
-        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(list(self.start_rows))}
+        counters = {"row": self.row, "num_starts": self.num_starts, "start_rows": torch.tensor(list(self.start_rows))}
         return rings | counters
 
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict` of a buffer of the same size returned."""
         for name in self.RINGS:
             getattr(self, name)[: len(state[name])] = state[name]
-        self.row, self.last_start = state["row"], state["last_start"]
+        self.row, self.num_starts = state["row"], state["num_starts"]
         self.start_rows = deque(state["start_rows"].tolist())
         self.skip(0)
 
@@ -424,8 +428,8 @@ class ConcatLinear(nn.Linear):
         self.sizes = in_features
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        first, *rest = zip(inputs, self.weight.split(self.sizes, dim=1), strict=True)
-        return sum((F.linear(x, weight) for x, weight in rest), F.linear(*first, self.bias))
+        products = [F.linear(x, w) for x, w in zip(inputs, self.weight.split(self.sizes, dim=1), strict=True)]
+        return sum(products[1:], products[0] + self.bias)
 
 
 class MLP(nn.Module):
@@ -527,7 +531,7 @@ def sample_times(batch_size: int, data_proportion: float, distribution: str, dev
 
 
 def meanflow_target(average, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
-    """Right-hand side of the MeanFlow identity: instantaneous - (t - r) d/dt average(x_t, r, t) (MeanFlow, eq. 6).
+    """Right-hand side of the MeanFlow identity: instantaneous - (t - r) d/dt average(x_t, r, t) (MeanFlow, equation 6).
 
     `average(x, r, t)` is the network; the total derivative runs along dx/dt = `velocity` (B, d) with r held fixed.
     `instantaneous` is what `average` averages: the velocity itself for u, its divergence for delta.
@@ -540,8 +544,8 @@ def meanflow_target(average, x_t, r, t, velocity, instantaneous) -> torch.Tensor
 def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     """Value of a vector field at x (B, d) and the Skilling-Hutchinson estimate (B, 1) of its divergence.
 
-    The mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e), J by forward mode, for all
-    probes at once: `field` takes (N, B, d) too.
+    That is the mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e). One forward-mode
+    product serves all of them, so `field` takes (N, B, d).
     """
     values, products = torch.func.jvp(field, (x.expand_as(probes).clone(),), (probes,))
     return values[0], (probes * products).sum(-1, keepdim=True).mean(0)
@@ -550,8 +554,8 @@ def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """N(mean, std^2) truncated to [-1, 1], by inverting its distribution function at `uniform` in (0, 1).
 
-    In float64, and reflected so that the mean is not negative: the box then lies in the lower tail, where the
-    distribution function keeps its relative precision. Returns float32.
+    In float64, and reflected so that the mean is not negative: a box far from it then lies in the lower tail, where
+    the distribution function keeps its relative precision. Returns float32.
     """
     mean, std = mean.double(), std.double()
     sign = torch.where(mean < 0, -1.0, 1.0)
@@ -580,8 +584,8 @@ def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.T
 def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, v_max: float) -> torch.Tensor:
     """C51's projection of the masses `probs` at the places `atoms`, both (B, N), onto N even atoms in [v_min, v_max].
 
-    Each mass is clipped to the support and split between its two neighbours, so that the total is kept, and the mean of
-    what lies within.
+    Each mass is clipped to the support and split between its two neighbours, which keeps the total and, where nothing
+    is clipped, the mean.
     """
     last = probs.shape[-1] - 1
     place = ((atoms - v_min) / (v_max - v_min) * last).clamp(0, last)
@@ -694,9 +698,9 @@ class Agent(nn.Module):
         }
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One step on the policy: regress its average velocity on the Boltzmann policy's; then on what follows it."""
+        """One step on the policy, regressed on the Boltzmann policy's velocity; then on divergence and temperature."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
-        x_t, velocity, a_0, log_prob, clipped, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
+        x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
         actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
@@ -708,7 +712,7 @@ class Agent(nn.Module):
             "diagnostics/ess_policy": ess_policy.mean(),
             "diagnostics/ess_gaussian": ess_gaussian.mean(),
             "diagnostics/policy_proposal_weight": share.mean(),
-            "diagnostics/clipped_fraction": clipped.mean(),
+            "diagnostics/clipped_fraction": (a_0.abs() == 1).float().mean(),
         }
         entropy = -log_prob.mean()
         if self.args.likelihood != "none":
@@ -727,18 +731,18 @@ class Agent(nn.Module):
     def estimate_velocity(self, obs: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor):
         """The Boltzmann policy's marginal velocity at a noised policy sample, from both proposals (paper, section 4).
 
-        Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), and log pi (B, K1), the clipped
-        fraction (B,), the two ESS and the policy proposal's share (B, 1) for the log.
+        Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), log pi (B, K1) for the
+        temperature and, for the log, the two ESS and the weight of the policy proposal (B, 1).
         """
         batch_size, d, proposals = len(obs), self.action_dim, self.args.proposals
         noise = torch.randn(batch_size, self.args.policy_proposals, d, device=obs.device)
         eps = torch.randn(batch_size, d, device=obs.device)
         uniform = torch.rand(batch_size, self.args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
 
-        def some_states(obs, t, noise, eps, uniform):
+        def estimate_chunk(obs, t, noise, eps, uniform):
             obs = obs[:, None]  # (B, 1, obs_dim)
-            unclipped, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
-            from_policy = unclipped.clamp(-1, 1)  # (B, K1, d)
+            from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
+            from_policy = from_policy.clamp(-1, 1)
             x_t = (1 - t) * from_policy[:, 0] + t * eps
             from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
             q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
@@ -746,22 +750,23 @@ class Agent(nn.Module):
             log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
             v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
             v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
-            ess_1, ess_2 = ess_policy * (proposals != "gaussian"), ess_gaussian * (proposals != "policy")
-            share = ess_1 / (ess_1 + ess_2)
+            share = ess_policy / (ess_policy + ess_gaussian)  # the policy proposal's weight, (B, 1)
+            if proposals != "both":
+                share = torch.full_like(share, float(proposals == "policy"))
             velocity = share * v_policy + (1 - share) * v_gaussian
-            clipped = (unclipped.abs() > 1).float().mean((1, 2))
-            return x_t, velocity, from_policy[:, 0], log_prob, clipped, ess_policy, ess_gaussian, share
+            return x_t, velocity, from_policy[:, 0], log_prob, ess_policy, ess_gaussian, share
 
-        # On a CPU a few states at a time: their activations stay in the cache, which is faster than all at once.
-        some = 32 if obs.device.type == "cpu" else batch_size
-        splits = [x.split(some) for x in (obs, t, noise, eps, uniform)]
-        parts = [some_states(*part) for part in zip(*splits, strict=True)]
+        # On a CPU 32 states at a time: their activations stay in the cache.
+        chunk = 32 if obs.device.type == "cpu" else batch_size
+        splits = [x.split(chunk) for x in (obs, t, noise, eps, uniform)]
+        parts = [estimate_chunk(*part) for part in zip(*splits, strict=True)]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def meanflow_loss(self, network, obs, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
         """Mean over the batch of | network - stop-gradient MeanFlow target |^2, summed over d (MeanFlow, equation 9).
 
-        Where r = t the target is `instantaneous`, so the derivative is taken for the rest of the batch alone.
+        The first `data_proportion` of the rows must have r = t, as `sample_times` makes them: their target is
+        `instantaneous`, and the derivative is taken for the others alone.
         """
         n = int(len(obs) * self.data_proportion)
         target = instantaneous
@@ -878,15 +883,15 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
 
 def save_file(content: dict, path: Path) -> bool:
     """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
-    partial = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     try:
-        with open(partial, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
         return False
     return True
@@ -934,7 +939,7 @@ def parse_args(line: list[str] | None = None) -> Args:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed temporaries, which it otherwise returns, to be zeroed anew page by page.
 
-    On one thread SMFP's update then takes 20 % less CPU time, MFPO's 5 %, SAC's the same.
+    On one thread an update of SMFP then takes 20 % less CPU time, one of MFPO 5 %, one of SAC as much as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:
@@ -959,7 +964,7 @@ def train(args: Args) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
 
@@ -969,7 +974,8 @@ def train(args: Args) -> None:
         fits = int(args.buffer_size * memory / size)
         fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
     on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
-    print(f"The replay buffer takes {size / 2**30:.2f} GiB on the {'GPU' if on_gpu else 'CPU'}")
+    place = "GPU" if on_gpu else "host"
+    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB of the {place}'s memory")
     buffer_device = device if on_gpu else torch.device("cpu")
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
 
@@ -986,6 +992,7 @@ def train(args: Args) -> None:
             metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+        del saved  # the replay buffer is in it
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
     else:
         env_name = args.env_id.replace("/", "-").replace(":", "-")
@@ -1058,7 +1065,7 @@ def train(args: Args) -> None:
         "eval_exploring": CudaGraph(agent.sample_actions, graphed),
     }
 
-    batch, saved_step, ending = None, start_step, None
+    batch, restart_step, ending = None, start_step, None
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
     start_time, last_return = time.time(), math.nan
     progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
@@ -1081,25 +1088,23 @@ def train(args: Args) -> None:
             final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
             for i in np.flatnonzero(dones):
                 final_obs[i] = infos["final_obs"][i]
-                episode = {name: infos["final_info"]["episode"][name][i] for name in "rl"}
-                last_return = episode["r"]
-                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"]}, global_step)
+                episode = infos["final_info"]["episode"]
+                last_return = episode["r"][i]
+                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"][i]}, global_step)
             buffer.add(obs, actions, rewards, terminations, final_obs, dones)
-            obs = next_obs
             progress.update(args.num_envs)
 
-            # A checkpoint that is due waits for an episode's end, but not for ever.
-            since, every = global_step - saved_step, args.checkpoint_frequency
-            save_now = 0 < every <= since and (dones.any() or args.num_envs > 1 or since >= 2 * every)
+            # A checkpoint begins new episodes, so one that is due waits for the end of the running ones; not for ever.
+            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
+            save_now = 0 < every <= since and (dones.all() or since >= 2 * every)
             stopping = len(signals) > 0  # a signal that comes later than here is for the next step
             save_now |= global_step == last_step or stopping
-            log_now = due(global_step, args.log_frequency, args.num_envs)
-            if metrics:
+            if metrics:  # looked at in every step, to stop where a fault arises; the next action waits for them anyway
                 scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
-            if metrics and log_now:
+            if metrics and due(global_step, args.log_frequency, args.num_envs):
                 sps = (global_step - start_step) / (time.time() - start_time)
                 log(scalars | {"charts/SPS": sps}, global_step)
                 progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
@@ -1115,6 +1120,7 @@ def train(args: Args) -> None:
                     mean, std = returns.mean(), returns.std()
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
+            obs = next_obs
             if save_now:
                 if not all(x.isfinite().all() for x in agent.state_dict().values()):
                     raise FloatingPointError("a network's weight is not finite")
@@ -1132,7 +1138,7 @@ def train(args: Args) -> None:
                 if save_file(saved, run / "checkpoint.pt"):
                     safe_step = global_step
                 del saved["buffer"]  # a copy of all that is in it
-                saved_step = global_step
+                restart_step = global_step
                 obs = restart(derive_seed(args.seed, global_step, 1), envs)
             if stopping and global_step < last_step:
                 ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]

@@ -74,13 +74,16 @@ class Args:
     wandb_entity: str | None = None
     """the Weights and Biases team"""
     capture_video: bool = False
-    """record one episode of every evaluation as MP4 in the run's folder (needs `pip install moviepy`)"""
+    """record an episode of each evaluated policy as MP4 in the run's folder (even numbers: eval, odd: eval_exploring;
+    written when the next one begins; needs `pip install moviepy`)"""
     save_model: bool = False
     """write the trained weights to runs/<run>/model.pt at the end"""
     evaluate: str | None = None
-    """load this model.pt, print the return of `eval_episodes` episodes under its own arguments and stop"""
+    """load this model.pt or checkpoint.pt, print the return of `eval_episodes` episodes and stop; of the other flags
+    only --seed, --capture-video and --cuda count, the rest is as saved in it"""
     checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints, at an episode's end if there is one; 0: only when the run stops"""
+    """steps of each environment between two checkpoints, which hold the replay buffer too; one begins new episodes, so
+    choose more than an episode's length; 0: only when the run stops"""
     resume: str | None = None
     """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
     log_frequency: int = 100
@@ -93,9 +96,9 @@ class Args:
     total_timesteps: int = 1_000_000
     """environment steps, summed over the parallel environments"""
     num_envs: int = 1
-    """environments stepped side by side"""
+    """environments stepped in turn, on one batch of actions"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (the end of an episode takes the room of `num_envs` more)"""
+    """transitions that the replay buffer holds (each episode's end takes the room of `num_envs` more)"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -246,8 +249,9 @@ class ReplayBuffer:
     """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
 
     Row p holds the observations at one step and, if they were acted on, the actions, rewards and terminations that
-    followed; row p + 1 holds the next observations. Where an episode ends, row p + 1 holds its last observation and
-    the next episode begins in row p + 2, so row p + 1 is no start of a transition. `starts` lists the rows that are.
+    followed; row p + 1 holds the next observations. Where the episode of any environment ends, row p + 1 holds the last
+    observations and row p + 2 the next ones' first, so row p + 1 is no start of a transition. `starts` lists the rows
+    that are.
     """
 
     RINGS = ("observations", "actions", "rewards", "terminations", "starts")
@@ -260,9 +264,9 @@ class ReplayBuffer:
         self.terminations = torch.zeros(self.rows, num_envs, device=device)
         self.starts = torch.zeros(self.rows, dtype=torch.long, device=device)  # itself a ring, oldest first
         # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
-        self.row = self.last_start = 0
+        self.row = self.num_starts = 0
         self.start_rows = deque()  # the rows in `starts` that are still whole
-        # First and last start on the device: sampling takes nothing from the host, as a CUDA graph must not.
+        # Which of them, from and up to, on the device: sampling takes nothing from the host, as a CUDA graph must not.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
 
     @staticmethod
@@ -282,33 +286,33 @@ class ReplayBuffer:
         self.actions[here] = torch.from_numpy(actions)
         self.rewards[here] = torch.from_numpy(rewards)
         self.terminations[here] = torch.from_numpy(terminations)
-        self.starts[self.last_start % self.rows].fill_(here)  # which, unlike an assignment, does not wait for a GPU
+        self.starts[self.num_starts % self.rows].fill_(here)
         self.start_rows.append(self.row)
-        self.last_start += 1
+        self.num_starts += 1
         self.skip(2 if dones.any() else 1)
 
     def skip(self, rows: int) -> None:
-        """Move on by some rows; one more than `add` does by itself separates what is not one episode."""
+        """Move on by some rows: `add` does by 1, and where an episode ends by 2, so that nothing leads across."""
         self.row += rows
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
             self.start_rows.popleft()
-        self.span[0].fill_(self.last_start - len(self.start_rows))
-        self.span[1].fill_(self.last_start)
+        self.span[0].fill_(self.num_starts - len(self.start_rows))
+        self.span[1].fill_(self.num_starts)
 
     def state_dict(self) -> dict:
         """The filled part of the rings, and the counters."""
         filled = min(self.row + 1, self.rows)
         # To the host, where there is room for it; and copied, for a view would be saved whole.
         rings = {name: getattr(self, name)[:filled].to("cpu", copy=True) for name in self.RINGS}
-        counters = {"row": self.row, "last_start": self.last_start, "start_rows": torch.tensor(list(self.start_rows))}
+        counters = {"row": self.row, "num_starts": self.num_starts, "start_rows": torch.tensor(list(self.start_rows))}
         return rings | counters
 
     def load_state_dict(self, state: dict) -> None:
         """Take back what `state_dict` of a buffer of the same size returned."""
         for name in self.RINGS:
             getattr(self, name)[: len(state[name])] = state[name]
-        self.row, self.last_start = state["row"], state["last_start"]
+        self.row, self.num_starts = state["row"], state["num_starts"]
         self.start_rows = deque(state["start_rows"].tolist())
         self.skip(0)
 
@@ -570,15 +574,15 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
 
 def save_file(content: dict, path: Path) -> bool:
     """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
-    partial = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     try:
-        with open(partial, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
         return False
     return True
@@ -626,7 +630,7 @@ def parse_args(line: list[str] | None = None) -> Args:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed temporaries, which it otherwise returns, to be zeroed anew page by page.
 
-    On one thread SMFP's update then takes 20 % less CPU time, MFPO's 5 %, SAC's the same.
+    On one thread an update of SMFP then takes 20 % less CPU time, one of MFPO 5 %, one of SAC as much as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:
@@ -651,7 +655,7 @@ def train(args: Args) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, until recorded
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args, device)
 
@@ -661,7 +665,8 @@ def train(args: Args) -> None:
         fits = int(args.buffer_size * memory / size)
         fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
     on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
-    print(f"The replay buffer takes {size / 2**30:.2f} GiB on the {'GPU' if on_gpu else 'CPU'}")
+    place = "GPU" if on_gpu else "host"
+    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB of the {place}'s memory")
     buffer_device = device if on_gpu else torch.device("cpu")
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
 
@@ -678,6 +683,7 @@ def train(args: Args) -> None:
             metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+        del saved  # the replay buffer is in it
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
     else:
         env_name = args.env_id.replace("/", "-").replace(":", "-")
@@ -750,7 +756,7 @@ def train(args: Args) -> None:
         "eval_exploring": CudaGraph(agent.sample_actions, graphed),
     }
 
-    batch, saved_step, ending = None, start_step, None
+    batch, restart_step, ending = None, start_step, None
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
     start_time, last_return = time.time(), math.nan
     progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
@@ -773,25 +779,23 @@ def train(args: Args) -> None:
             final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
             for i in np.flatnonzero(dones):
                 final_obs[i] = infos["final_obs"][i]
-                episode = {name: infos["final_info"]["episode"][name][i] for name in "rl"}
-                last_return = episode["r"]
-                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"]}, global_step)
+                episode = infos["final_info"]["episode"]
+                last_return = episode["r"][i]
+                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"][i]}, global_step)
             buffer.add(obs, actions, rewards, terminations, final_obs, dones)
-            obs = next_obs
             progress.update(args.num_envs)
 
-            # A checkpoint that is due waits for an episode's end, but not for ever.
-            since, every = global_step - saved_step, args.checkpoint_frequency
-            save_now = 0 < every <= since and (dones.any() or args.num_envs > 1 or since >= 2 * every)
+            # A checkpoint begins new episodes, so one that is due waits for the end of the running ones; not for ever.
+            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
+            save_now = 0 < every <= since and (dones.all() or since >= 2 * every)
             stopping = len(signals) > 0  # a signal that comes later than here is for the next step
             save_now |= global_step == last_step or stopping
-            log_now = due(global_step, args.log_frequency, args.num_envs)
-            if metrics:
+            if metrics:  # looked at in every step, to stop where a fault arises; the next action waits for them anyway
                 scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
-            if metrics and log_now:
+            if metrics and due(global_step, args.log_frequency, args.num_envs):
                 sps = (global_step - start_step) / (time.time() - start_time)
                 log(scalars | {"charts/SPS": sps}, global_step)
                 progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
@@ -807,6 +811,7 @@ def train(args: Args) -> None:
                     mean, std = returns.mean(), returns.std()
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
+            obs = next_obs
             if save_now:
                 if not all(x.isfinite().all() for x in agent.state_dict().values()):
                     raise FloatingPointError("a network's weight is not finite")
@@ -824,7 +829,7 @@ def train(args: Args) -> None:
                 if save_file(saved, run / "checkpoint.pt"):
                     safe_step = global_step
                 del saved["buffer"]  # a copy of all that is in it
-                saved_step = global_step
+                restart_step = global_step
                 obs = restart(derive_seed(args.seed, global_step, 1), envs)
             if stopping and global_step < last_step:
                 ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]

@@ -250,6 +250,19 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     assert 60 < saved["global_step"] < 2000 and not (run / "checkpoint.tmp").exists()
 
 
+def test_a_checkpoint_waits_for_the_end_of_all_episodes_but_not_for_ever(tmp_path, monkeypatch):
+    """One begins new episodes, so with many environments and a step count for all they would never come to an end."""
+    import sac_continuous as module
+
+    monkeypatch.chdir(tmp_path)
+    written = []
+    monkeypatch.setattr(module, "save_file", lambda content, path: written.append(content["global_step"]) or True)
+    for every, expected in ((30, [160, 320, 400]), (7, [56, 112, 168, 224, 280, 336, 392, 400])):
+        module.train(module.parse_args(flags("sac_continuous", "Walk-v0", 400, every, "--num-envs", "4")))
+        assert written == expected  # episodes have 20 steps; in the end there is one in any case
+        written.clear()
+
+
 def test_a_dead_tensorboard_writer_is_reported_once(tmp_path, monkeypatch, capsys):
     import sac_continuous as module
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 import torch
 
@@ -324,8 +325,69 @@ def agent_with(**flags):
 def estimate(agent):
     obs, t = batch()[0], torch.linspace(0.1, 0.9, 40)[:, None]
     torch.manual_seed(1)
-    names = ["x_t", "velocity", "a_0", "log_prob", "clipped", "ess_policy", "ess_gaussian", "share"]
+    names = ["x_t", "velocity", "a_0", "log_prob", "ess_policy", "ess_gaussian", "share"]
     return dict(zip(names, agent.estimate_velocity(obs, t, torch.tensor(0.5)), strict=True))
+
+
+def test_velocity_estimate_against_a_loop():
+    """Draw by draw, with SciPy's truncated normal; the live critics judge, so other targets make no difference."""
+    agent = agent_with(v_min=-2.0, v_max=2.0)  # Q / alpha of order 1, so that several proposals count
+    with torch.no_grad():
+        for p in agent.q_target_parameters:
+            p.add_(torch.randn_like(p))
+    found = estimate(agent)
+    obs, t = batch()[0], np.linspace(0.1, 0.9, 40)
+    torch.manual_seed(1)
+    noise, eps, uniform = torch.randn(40, 4, 2), torch.randn(40, 2).numpy(), torch.rand(40, 6, 2, dtype=torch.float64)
+    softmax_mean = lambda logits: scipy.special.softmax(logits) @ np.linspace(-2, 2, 101)  # noqa: E731
+
+    def q_over_alpha(s, a):
+        a = torch.tensor(a, dtype=torch.float32)
+        return min(softmax_mean(qf(s, a).double().numpy()) for qf in (agent.qf1, agent.qf2)) / 0.5
+
+    def combine(log_weights, actions, x, time):
+        w = scipy.special.softmax(log_weights)
+        return (w @ (x - actions)) / time, 1 / (w @ w)
+
+    with torch.no_grad():
+        for b in (0, 20, 39):
+            unclipped, trajectory = mfpo.sample_flow(agent.actor, obs[b], noise[b], 2)
+            log_pi = mfpo.flow_log_prob(agent.divergence, obs[b], trajectory).numpy()
+            a = np.clip(unclipped.numpy(), -1, 1)
+            x = (1 - t[b]) * a[0] + t[b] * eps[b]
+            kernel = [scipy.stats.norm((1 - t[b]) * a_k, t[b]).logpdf(x).sum() for a_k in a]
+            v_1, ess_1 = combine([q_over_alpha(obs[b], a_k) for a_k in a] + np.array(kernel) - log_pi, a, x, t[b])
+            mean, std = x / (1 - t[b]), t[b] / (1 - t[b])
+            quantile = np.where(mean < 0, 1 - uniform[b].numpy(), uniform[b].numpy())  # reflected there
+            drawn = scipy.stats.truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std).ppf(quantile)
+            v_2, ess_2 = combine([q_over_alpha(obs[b], a_k) for a_k in drawn], drawn, x, t[b])
+            expected = {"x_t": x, "ess_policy": ess_1, "ess_gaussian": ess_2, "share": ess_1 / (ess_1 + ess_2)}
+            expected["velocity"] = (ess_1 * v_1 + ess_2 * v_2) / (ess_1 + ess_2)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name][b], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert 1.2 < ess_1 < 3.8 and 1.2 < ess_2 < 5.9  # of 4 and 6: in the last one all count
+
+
+def test_target_critics_move_by_tau_and_the_divergence_follows_the_policy_as_it_is_now(monkeypatch):
+    agent, seen = agent_with(tau=0.25), []
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    real = mfpo.hutchinson_divergence
+
+    def recorded(*arguments):
+        seen.append([p.clone() for p in agent.actor.parameters()])
+        return real(*arguments)
+
+    monkeypatch.setattr(mfpo, "hutchinson_divergence", recorded)
+    agent.update(*batch())
+    after = agent.state_dict()
+    for name in agent.qf1.state_dict():
+        for qf in ("qf1", "qf2"):
+            expected = before[f"{qf}_target.{name}"].lerp(after[f"{qf}.{name}"], 0.25)
+            torch.testing.assert_close(after[f"{qf}_target.{name}"], expected)
+    (then,) = seen
+    now = [*agent.actor.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(then, now, strict=True))
+    assert not torch.equal(now[0], before["actor.embed_t.frequencies"])
 
 
 def test_proposals_flag_changes_the_velocity_and_nothing_else():
