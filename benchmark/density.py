@@ -2,10 +2,11 @@
 
     python sac_continuous.py --env-id tests.multigoal:MultiGoal-v0 --no-autotune --total-timesteps 5000
     python benchmark/density.py runs/<run> runs/<another> --out benchmark/results/multigoal
+    python benchmark/density.py benchmark/results/multigoal_variants.csv
 
 For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
 grid, the probability near each goal (in its quadrant), the entropy of the histogram in nats and, for MFPO, the error of
-its log pi. Prints means over the runs of each --exp-name, writes <out>.csv and <out>.png.
+its log pi. Prints means over the runs of each --exp-name, writes <out>.csv and <out>.png; of a CSV it prints the means.
 Needs `pip install -r requirements-dev.txt`.
 """
 
@@ -34,7 +35,7 @@ CELLS = 16
 @dataclass
 class Args:
     runs: Annotated[list[Path], tyro.conf.Positional]
-    """run folders, each with a checkpoint.pt"""
+    """run folders, each with a checkpoint.pt, or one CSV that this script wrote"""
     out: Path = Path("density")
     """the CSV and the picture, without their endings"""
     samples: int = 200_000
@@ -53,12 +54,17 @@ def load_agent(run: Path):
     return agent, args, saved["num_updates"]
 
 
+def shares(actions: torch.Tensor, cells: int = CELLS) -> np.ndarray:
+    """Share of the actions (N, 2) in each cell of the box."""
+    counts, _, _ = np.histogram2d(*actions.numpy().T, bins=cells, range=[[-1, 1], [-1, 1]])
+    return counts / counts.sum()
+
+
 def histogram(agent, samples: int, cells: int) -> np.ndarray:
     """Share of the policy's actions in each cell of the box."""
     torch.manual_seed(0)
-    actions = torch.cat([agent.sample_actions(torch.zeros(10_000, 1)) for _ in range(math.ceil(samples / 10_000))])
-    counts, _, _ = np.histogram2d(*actions.numpy().T, bins=cells, range=[[-1, 1], [-1, 1]])
-    return counts / counts.sum()
+    actions = [agent.sample_actions(torch.zeros(10_000, 1)) for _ in range(math.ceil(samples / 10_000))]
+    return shares(torch.cat(actions), cells)
 
 
 def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
@@ -80,7 +86,10 @@ def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
 
 def print_means(rows: list[dict]) -> None:
     """A Markdown table: mean and standard deviation over the runs of each script or variant."""
-    names = ["total variation", "kl", "entropy", "goal 1", "goal 2", "goal 3", "goal 4"]
+    for row in rows:
+        goals = [row[f"goal {i + 1}"] for i in range(len(GOALS))]
+        row |= {"smallest goal": min(goals), "largest goal": max(goals)}
+    names = ["total variation", "kl", "entropy", "smallest goal", "largest goal"]
     names += [name for name in ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias") if any(name in r for r in rows)]
     print("| | runs | " + " | ".join(names) + " |\n|-|-|" + "-|" * len(names))
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -90,7 +99,16 @@ def print_means(rows: list[dict]) -> None:
         print(f"| {variant} | {len(group)} | " + " | ".join(texts) + " |")
 
 
+def read_rows(path: Path) -> list[dict]:
+    """What an earlier call wrote; cells that were empty are left out."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v if k in ("run", "variant") else float(v) for k, v in row.items() if v} for row in rows]
+
+
 def main(args: Args) -> None:
+    if [path.suffix for path in args.runs] == [".csv"]:
+        return print_means(read_rows(args.runs[0]))
     rows, pictures = [], []
     for run in args.runs:
         agent, trained, updates = load_agent(run)
@@ -101,13 +119,13 @@ def main(args: Args) -> None:
         row |= {name.split("/")[1]: value for name, value in agent.diagnostics(torch.zeros(2000, 1)).items()}
         rows.append(row)
         pictures.append((f"{trained.exp_name}\nTV {row['total variation']:.2f}", agent, optimal))
-    print_means(rows)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out.with_suffix(".csv"), "w", newline="") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
+    print_means(rows)
     if args.picture:
         tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), 64))]
         tables += [(title, histogram(agent, args.samples, 64)) for title, agent, _ in pictures]

@@ -235,10 +235,16 @@ def main(args: Args) -> None:
                 add(key, shape, "share of the floor, %", [100 * a["floor"] / a["update"] for a in answers])
                 if answers[0]["gpu_memory"]:
                     add(key, shape, "peak GPU memory, MiB", [a["gpu_memory"] / 2**20 for a in answers])
+        report = write(args, rows)  # after each place: what is measured is kept if a later one fails
     for task in args.tasks:
         for key, speeds in time_loops(args, task).items():
             add(key, task, "training steps/s", speeds)
+        report = write(args, rows)
+    print(report)
 
+
+def write(args: Args, rows) -> str:
+    """The CSV, the table and the picture of what has been measured so far; returns the table."""
     with open(f"{args.out}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["script", "mode", "place", "quantity", "median", "lowest", "highest"])
@@ -247,8 +253,8 @@ def main(args: Args) -> None:
     words = [re.sub(r"(:[^=]+)=.*", r"\1=...", word) for word in sys.argv[1:]]  # a peer's command has the user's paths
     report += f"`python benchmark/speed.py {shlex.join(words)}`\n\n" + table(rows)
     Path(f"{args.out}.md").write_text(report)
-    print(report)
     draw(rows, f"{args.out}.png")
+    return report
 
 
 def table(rows) -> str:
