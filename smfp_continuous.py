@@ -133,35 +133,41 @@ class Args:
     """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
     policy_frequency: int = 2
     """updates of the critics per update of the policy, its slow copy and the temperature; 2 is faster, 1 better on four
-    goals, and between them MuJoCo did not decide (benchmark/results/README.md)"""
+    goals, and MuJoCo did not decide (measured: benchmark/results/README.md, as for the flags below that say so)"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 1.0
     """the temperature, or its first value when it is learned (as in SAC)"""
     latents: int = 5
     """M, latents per state: samples, components in the density of each, and proposals that the regression weights; 1
-    rewards sigma alone and leaves nothing to weight (on four goals 16 does better than 5, for three times the work)"""
+    rewards sigma alone and leaves nothing to weight (measured: on four goals 16 does better than 5 and 5 than 1, on
+    HalfCheetah 1 learns last; 16 is three times the work of 5)"""
     kl_coef: float = 0.1
     """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent
-    (on four goals 0 and 1 come nearer to the optimum than 0.1, but 0 keeps the goals less in balance)"""
+    (measured: on four goals 0 and 1 come nearer to the optimum than 0.1, but 0 keeps the goals less in balance; MuJoCo
+    did not decide)"""
     meanflow_coef: float = 1.0
-    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term"""
+    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term (measured: it keeps four goals in
+    balance; MuJoCo did not decide)"""
     mirror_descent_weights: bool = True
-    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation)"""
+    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation; measured:
+    no difference)"""
     policy_tau: float = 0.005
-    """step of the slow copy's moving average, per update of the policy"""
+    """step of the slow copy's moving average, per update of the policy (our choice, as `tau`)"""
     data_proportion: float = 0.5
-    """share of the regression's batch at r = t, that is on the instantaneous velocity"""
+    """share of the regression's batch at r = t, that is on the instantaneous velocity (our choice)"""
     behavior_candidates: int = 1
-    """K_b, exploration plays the best of this many actions by the target critics; 1 turns it off (paper: above 1)"""
+    """K_b, exploration plays the best of this many actions by the target critics; 1 turns it off (paper: above 1;
+    measured with K_t: it sharpens four goals, MuJoCo did not decide)"""
     target_candidates: int = 1
     """K_t, the TD target takes the best by Q of this many of the M actions; 1 turns it off (paper: K_b / 2)"""
     eval_candidates: int = 10
-    """evaluation plays the best of this many actions by the target critics; 1 plays a plain sample"""
+    """evaluation plays the best of this many actions by the target critics; 1 plays a plain sample (as in MFPO)"""
     critic: Literal["sac", "crossq"] = "sac"
-    """sac: twin Q with target networks; crossq: batch renormalisation in the critics, (s, a) and (s', a') in one pass,
-    no targets (`tau` is then without effect). CrossQ also has policy_lr 1e-3, policy_frequency 3, critic_width 2048,
-    and a normalised policy, which ours is not"""
+    """sac: twin Q with target networks, which readers know; crossq: batch renormalisation in the critics, (s, a) and
+    (s', a') in one pass, no targets (`tau` is then without effect). CrossQ also has policy_lr 1e-3, policy_frequency 3,
+    critic_width 2048, and a normalised policy, which ours is not (measured: crossq learns HalfCheetah far sooner, Pusher
+    no sooner, and takes longer per update)"""
     critic_width: int = 256
     """units in each of the critics' two hidden layers"""
 
