@@ -9,7 +9,7 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mujoco --seeds "${seeds[@]}")
 flags=(-- --total-timesteps "${STEPS:-1000000}")
 
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4 Swimmer-v4 HumanoidStandup-v4 \
-    --scripts "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}"
+    --scripts "sac: sac_continuous" "smfp: smfp_continuous" "smfp-crossq: smfp_continuous --critic crossq" "${flags[@]}"
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 --scripts "mfpo: mfpo_continuous" "${flags[@]}"
 "${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo: mfpo_continuous --no-clipped-double-q" "${flags[@]}" # as in the paper
 python benchmark/report.py runs/mujoco/* --normalize sac --published benchmark/results/published.csv \

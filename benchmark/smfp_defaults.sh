@@ -39,3 +39,8 @@ python benchmark/report.py runs/smfp_alternatives/* --normalize smfp --out bench
 python benchmark/sweep.py --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 --runs-dir runs/smfp_sac \
     --scripts "sac: sac_continuous" "smfp: smfp_continuous" -- --total-timesteps 50000 --eval-frequency 10000
 python benchmark/report.py runs/smfp_sac/* --normalize sac --out benchmark/results/smfp_sac
+
+# CrossQ's critics, which the second block found ahead on HalfCheetah, under the conditions of the third.
+python benchmark/sweep.py --env-ids HalfCheetah-v4 --seeds 1 2 --runs-dir runs/smfp_crossq \
+    --scripts "smfp-crossq: smfp_continuous --critic crossq" -- --total-timesteps 20000 --eval-frequency 10000
+python benchmark/report.py runs/smfp_crossq/* --normalize smfp-crossq --out benchmark/results/smfp_crossq
