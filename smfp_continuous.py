@@ -166,8 +166,8 @@ class Args:
     critic: Literal["sac", "crossq"] = "sac"
     """sac: twin Q with target networks, which readers know; crossq: batch renormalisation in the critics, (s, a) and
     (s', a') in one pass, no targets (`tau` is then without effect). CrossQ also has policy_lr 1e-3, policy_frequency 3,
-    critic_width 2048, and a normalised policy, which ours is not (measured: crossq learns HalfCheetah far sooner, Pusher
-    no sooner, and takes longer per update)"""
+    critic_width 2048, and a normalised policy, which ours is not (measured: crossq learns HalfCheetah far sooner,
+    Pusher no sooner, and takes longer per update)"""
     critic_width: int = 256
     """units in each of the critics' two hidden layers"""
 
