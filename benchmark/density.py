@@ -86,9 +86,8 @@ def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
 
 def print_means(rows: list[dict]) -> None:
     """A Markdown table: mean and standard deviation over the runs of each script or variant."""
-    for row in rows:
-        goals = [row[f"goal {i + 1}"] for i in range(len(GOALS))]
-        row |= {"smallest goal": min(goals), "largest goal": max(goals)}
+    goals = [[row[f"goal {i + 1}"] for i in range(len(GOALS))] for row in rows]
+    rows = [row | {"smallest goal": min(g), "largest goal": max(g)} for row, g in zip(rows, goals, strict=True)]
     names = ["total variation", "kl", "entropy", "smallest goal", "largest goal"]
     names += [name for name in ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias") if any(name in r for r in rows)]
     print("| | runs | " + " | ".join(names) + " |\n|-|-|" + "-|" * len(names))

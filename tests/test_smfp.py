@@ -240,8 +240,8 @@ def test_the_second_term_is_the_kl_to_the_slow_copy_times_lambda():
     pairs = [smfp.one_step(policy, obs[:, None], e) for policy in (agent.policy, agent.slow_policy)]
     normals = [torch.distributions.Normal(mean, log_std.exp()) for mean, log_std in pairs]
     kl = torch.distributions.kl_divergence(*normals).sum(-1).mean()
-    found = policy_gradient(kl_coef=0.2, meanflow_coef=0) - policy_gradient(kl_coef=0, meanflow_coef=0)
-    torch.testing.assert_close(found, gradient_by_hand(0.2 * 0.5 * kl, agent), rtol=1e-3, atol=1e-5)
+    expected = policy_gradient(kl_coef=0, meanflow_coef=0) + gradient_by_hand(0.2 * 0.5 * kl, agent)
+    torch.testing.assert_close(policy_gradient(kl_coef=0.2, meanflow_coef=0), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -264,7 +264,8 @@ def test_the_third_term_regresses_on_slow_samples_drawn_by_the_mirror_descent_we
     torch.testing.assert_close(weights, unnormalised / unnormalised.sum(-1, keepdim=True), rtol=1e-3, atol=1e-4)
     assert all((y_0[b] == y_k[b]).all(-1).any() for b in range(32))  # one of the slow copy's own samples
 
-    agent.double(), (y_0 := y_0.double()), (t := t.double()), (r := r.double()), (obs := obs.double())
+    agent.double()
+    y_0, t, r, obs = (x.double() for x in (y_0, t, r, obs))
     eps = epsilon_of(weights)
     u = lambda x, r, t: agent.policy(obs, x, r, t)[0]  # noqa: E731
     x_t, v, h = (1 - t) * y_0 + t * eps, eps - y_0, 1e-5
@@ -313,6 +314,14 @@ def test_the_slow_copies_move_by_their_step_and_the_temperature_towards_its_targ
                 expected = before[f"{slow}.{name}"].lerp(after[f"{fast}.{name}"], step)
                 torch.testing.assert_close(after[f"{slow}.{name}"], expected)
         assert (agent.log_alpha.item() - before["log_alpha"].item()) * sign > 0
+
+
+def test_the_regression_grows_with_its_coefficient_and_the_weights_change_it():
+    none, one, two = (policy_gradient(kl_coef=0, meanflow_coef=c) for c in (0, 1, 2))
+    torch.testing.assert_close(two - one, one - none, rtol=1e-3, atol=1e-5)
+    assert (one - none).norm() > 1e-3
+    unweighted = policy_gradient(kl_coef=0, meanflow_coef=1, mirror_descent_weights=False)
+    assert (unweighted - one).norm() > 1e-3
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.6])
