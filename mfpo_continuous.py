@@ -27,7 +27,9 @@ Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps w
 
 In TensorBoard: eval/episodic_return is the score (best of 10 candidates); diagnostics/ess_* falling to 1 means that the
 temperature is too low for the proposals; diagnostics/entropy should approach -rho d when the temperature is learned;
-diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task.
+diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task; diagnostics/q_std, the
+spread of the returns that the critics predict, starts near 900 and falls by a factor e in 1 / (tau (1 - gamma)) = 20,000
+updates; while it is far above the returns' own, little is learned. --critic-init-std 32 starts there.
 """
 
 import copy
@@ -148,6 +150,9 @@ class Args:
     """smallest atom (paper)"""
     v_max: float = 1600.0
     """largest atom (paper)"""
+    critic_init_std: float | None = None
+    """standard deviation about 0 of the return that new critics predict, at least the atoms' distance; if not given,
+    all atoms are about as likely (paper), and learning waits until that has narrowed (see diagnostics/q_std)"""
     policy_frequency: int = 1
     """updates of the critics per update of the policy, the divergence network and the temperature"""
     autotune: bool = True
@@ -410,6 +415,7 @@ def check_algorithm(args: Args) -> None:
     require(args, "learning_rate", lambda x: 0 < x < math.inf, "positive and finite")
     require(args, "data_proportion", lambda x: 0 <= x < 1, "in [0, 1); for plain flow matching: --no-meanflow")
     require(args, "rho v_min v_max", math.isfinite, "finite")
+    require(args, "critic_init_std", lambda x: x is None or 0 < x < math.inf, "positive and finite")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} must be below --v-max {args.v_max}")
     if args.likelihood == "none" and args.autotune:
@@ -606,10 +612,14 @@ class Agent(nn.Module):
         self.divergence = MeanFlowNetwork(obs_dim, action_dim, 1)
         self.qf1, self.qf2 = (MLP((obs_dim, action_dim), args.num_atoms) for _ in range(2))
         self.apply(xavier_uniform)
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
+        if args.critic_init_std is not None:
+            for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
+                nn.init.zeros_(output.weight)
+                output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)  # Student's t, 3 degrees
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
-        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
         self.to(device)
         if args.likelihood == "exact" and device.type == "cuda":
             # For determinants above 16 x 16 PyTorch prefers MAGMA, which waits for the GPU: no CUDA graph records that.
@@ -687,13 +697,15 @@ class Agent(nn.Module):
         with torch.no_grad():
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
             q_probs = torch.stack([logits1, logits2]).softmax(-1)
-            q1_values, q2_values = (q_probs @ self.atoms).mean(1)
+            q_values = q_probs @ self.atoms  # (2, B)
+            q_variance = (q_probs * (self.atoms - q_values[..., None]) ** 2).sum(-1)
         return {
-            "losses/qf1_values": q1_values,
-            "losses/qf2_values": q2_values,
+            "losses/qf1_values": q_values[0].mean(),
+            "losses/qf2_values": q_values[1].mean(),
             "losses/qf1_loss": qf1_loss,
             "losses/qf2_loss": qf2_loss,
             "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+            "diagnostics/q_std": q_variance.sqrt().mean(),
             "diagnostics/edge_mass": (q_probs[..., 0] + q_probs[..., -1]).mean(),
         }
 

@@ -481,6 +481,19 @@ def test_clipped_double_q_takes_the_smaller_mean_and_otherwise_the_average():
             torch.testing.assert_close(agent.q_value(agent.qf1, agent.qf2, obs, actions), expected)
 
 
+def test_new_critics_predict_the_same_narrow_return_everywhere_if_asked():
+    obs, actions = batch()[:2]
+    for std in (32.0, 100.0):  # the atoms are 32 apart
+        agent = agent_with(critic_init_std=std)
+        for qf in (agent.qf1, agent.qf2, agent.qf1_target, agent.qf2_target):
+            probs = qf(obs, actions).softmax(-1)
+            # Student's t of 3 degrees of freedom, scaled to this standard deviation, at the atoms.
+            expected = scipy.stats.t(3, scale=std / math.sqrt(3)).pdf(agent.atoms.numpy())
+            np.testing.assert_allclose(probs.detach(), np.tile(expected / expected.sum(), (len(obs), 1)), rtol=1e-4)
+    spread = agent_with().update(*batch())["diagnostics/q_std"]
+    assert spread == pytest.approx(3200 / math.sqrt(12), rel=0.1)  # by default about uniform on [-1600, 1600]
+
+
 def test_a_fixed_temperature_stays_and_a_learned_one_moves_towards_rho():
     for rho, moves in ((50.0, -1), (-50.0, 1)):  # entropy above its target -rho d: alpha falls; below: it rises
         agent = agent_with(rho=rho)
