@@ -66,6 +66,8 @@ class Args:
     """the files to write, without their endings"""
     metric: str = "eval"
     """what the curves show; or a TensorBoard tag, as diagnostics/entropy, which CSV and table then have too"""
+    also: tuple[str, ...] = ()
+    """more TensorBoard tags for CSV and table"""
     normalize: str = "sac_continuous"
     """the exp_name whose mean last score on a task counts as 1 in the aggregate; a return of 0 counts as 0"""
     published: Path | None = None
@@ -359,11 +361,13 @@ def report(cells: Cells, titles: dict[str, str], published: list[dict], args: Ar
 
 def main(args: Args) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of rows that a resume superseded
-    titles = TITLES | {args.metric: TITLES.get(args.metric, args.metric)}
+    titles = TITLES | {tag: TITLES.get(tag, tag) for tag in (args.metric, *args.also)}
     runs = [read_run(folder, titles) for folder in args.runs]
     runs.sort(key=lambda run: (run.env_id, run.exp_name, run.seed))
-    if args.metric not in TITLES and not any(run.curves[args.metric] for run in runs):
-        fail(f"--metric {args.metric}: no run has such a tag; TensorBoard shows which there are")
+    for flag, tags in (("metric", [args.metric]), ("also", args.also)):
+        for tag in tags:
+            if tag not in TITLES and not any(run.curves[tag] for run in runs):
+                fail(f"--{flag} {tag}: no run has such a tag; TensorBoard shows which there are")
     cells: Cells = {}
     for run in runs:
         cell = cells.setdefault((run.env_id, run.exp_name), [])

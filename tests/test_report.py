@@ -129,14 +129,18 @@ def test_curves_of_any_tag(tmp_path, capsys):
     for run in runs:
         with SummaryWriter(str(run), purge_step=15_000) as writer:
             writer.add_scalar("diagnostics/entropy", -2.5, 18_000, walltime=1e9 + 360)
-    table, rows, text = make(runs, tmp_path / "report", metric="diagnostics/entropy")
-    assert table["Ant-v4", "sac_continuous"][2:4] == ["10.00 (at 10,000)", "-2.50"]
+            writer.add_scalar("losses/alpha", 0.5, 18_000, walltime=1e9 + 360)
+    table, rows, text = make(runs, tmp_path / "report", metric="diagnostics/entropy", also=("losses/alpha",))
+    assert table["Ant-v4", "sac_continuous"][2:5] == ["10.00 (at 10,000)", "-2.50", "0.50"]
     found = [(row["step"], row["value"]) for row in rows if row["metric"] == "diagnostics/entropy"]
     assert found == [("18000", "-2.5")] * 2
     assert "Not aggregated over tasks: diagnostics/entropy is no score." in text
     with pytest.raises(SystemExit):
         make(runs, tmp_path / "report", metric="diagnostics/entropi")
     assert "--metric diagnostics/entropi: no run has such a tag" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        make(runs, tmp_path / "report", also=("losses/alfa",))
+    assert "--also losses/alfa: no run has such a tag" in capsys.readouterr().err
 
 
 def test_without_evaluations_training_returns_are_binned_by_hundredths_of_the_run(tmp_path):
