@@ -68,6 +68,8 @@ class Args:
     """what the curves show; or a TensorBoard tag, as diagnostics/entropy, which CSV and table then have too"""
     also: tuple[str, ...] = ()
     """more TensorBoard tags for CSV and table"""
+    until: int | None = None
+    """leave out what runs did after this step, to compare some of unequal length"""
     normalize: str = "sac_continuous"
     """the exp_name whose mean last score on a task counts as 1 in the aggregate; a return of 0 counts as 0"""
     published: Path | None = None
@@ -363,6 +365,10 @@ def main(args: Args) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of rows that a resume superseded
     titles = TITLES | {tag: TITLES.get(tag, tag) for tag in (args.metric, *args.also)}
     runs = [read_run(folder, titles) for folder in args.runs]
+    for run in runs if args.until is not None else ():
+        run.reached, run.last_step = min(run.reached, args.until), min(run.last_step, args.until)
+        for metric, curve in run.curves.items():
+            run.curves[metric] = {step: point for step, point in curve.items() if step <= args.until}
     runs.sort(key=lambda run: (run.env_id, run.exp_name, run.seed))
     for flag, tags in (("metric", [args.metric]), ("also", args.also)):
         for tag in tags:

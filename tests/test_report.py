@@ -124,6 +124,15 @@ def test_a_metric_that_ends_earlier_says_where_and_one_without_a_common_step_say
     assert "Every run is complete." in text
 
 
+def test_what_came_after_a_step_can_be_left_out(tmp_path):
+    runs = [write_run(tmp_path, "Ant-v4", "sac_continuous", 1, [10, 20, 60])]
+    runs += [write_run(tmp_path, "Ant-v4", "smfp_continuous", 1, [5, 7])]
+    table, rows, text = make(runs, tmp_path / "report", until=20_000)
+    assert [row[2:4] for row in table.values()] == [["20.00", "20,000"], ["7.00", "20,000"]]
+    assert {row["step"] for row in rows} == {"10000", "20000"}
+    assert "Every run is complete." in text
+
+
 def test_curves_of_any_tag(tmp_path, capsys):
     runs = [write_run(tmp_path, task, "sac_continuous", 1, [10, 20]) for task in ("Ant-v4", "Hopper-v4")]
     for run in runs:
