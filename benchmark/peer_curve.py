@@ -5,7 +5,8 @@
 
 Their own training loop needs gym 0.23 and mujoco-py; here their agent, with the defaults of their config but for
 --config, learns in the loop of mfpo_continuous.py: the same tasks, random steps, evaluations and scores. Writes
-<out>.csv in the columns of benchmark/report.py, whose `hours` count the evaluations too.
+<out>.csv in the columns of benchmark/report.py: the scores, and what the update at that step said of itself, under the
+names that mfpo_continuous.py has for it. `hours` count the evaluations too.
 
 JAX_PYTHON has jax, flax, optax, gym, ml_collections, gymnasium and mujoco; CHECKOUT is a clone of
 github.com/dongxiaoyi-xyz/MFPO.
@@ -70,9 +71,9 @@ rng = np.random.default_rng(args.seed)
 start, rows, episodes, episode_return = time.time(), [], [], 0.0
 
 
-def row(metric: str, step: int, value: float, std: float | None) -> None:
-    rows.append([args.env_id, args.exp_name, args.seed, metric, step, (time.time() - start) / 3600, value, std])
-    print(f"step {step}: {metric} return {value:.1f}", flush=True)
+def row(metric: str, step: int, value: float, std: float | None = None) -> None:
+    rows.append([args.env_id, args.exp_name, args.seed, metric, step, (time.time() - start) / 3600, float(value), std])
+    print(f"step {step}: {metric} {value:.3f}", flush=True)
 
 
 def evaluate(method, step: int) -> np.ndarray:
@@ -107,7 +108,7 @@ for step in range(1, args.total_timesteps + 1):
         obs, episode_return = env.reset()[0], 0.0
     if step % args.eval_frequency == 0:
         if episodes:
-            row("train", step, np.mean(episodes), None)
+            row("train", step, np.mean(episodes))
             episodes = []
         for metric, method in (
             ("eval", MeanFlowLearner.eval_actions),
@@ -116,7 +117,11 @@ for step in range(1, args.total_timesteps + 1):
             returns = evaluate(method, step)
             row(metric, step, returns.mean(), returns.std())
         if step > args.learning_starts:
-            print({name: round(float(value), 3) for name, value in info.items()}, flush=True)
+            row("losses/qf_loss", step, (info["c_loss_1"] + info["c_loss_2"]) / 2)
+            row("losses/actor_loss", step, info["actor_loss"] * action_dim)  # theirs is the mean over the dimensions
+            row("losses/divergence_loss", step, info["logp_loss"])
+            row("losses/alpha", step, info["temperature"])
+            row("diagnostics/entropy", step, info["entropy"])
 
 with open(args.out.with_suffix(".csv"), "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
