@@ -806,13 +806,19 @@ class Agent(nn.Module):
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
         """What is too costly for every update, at states (B, obs_dim).
 
-        The error of the network's log pi against the exact one, in nats, and how far the sampler's actions are from
-        those of the instantaneous field that it averages (64 Euler steps from the same noise).
+        The error of the network's log pi against the exact one, in nats; how far the sampler's actions are from those
+        of the instantaneous field that it averages (64 Euler steps from the same noise); and how much Q tells random
+        actions of a state apart, which against alpha says how peaked the Boltzmann policy is.
         """
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
         gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
-        scalars = {"diagnostics/flow_gap": gap.norm(dim=-1).mean().item()}
+        uniform = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
+        q = self.q_value(self.qf1, self.qf2, obs[:, None], uniform)  # (B, 64)
+        scalars = {
+            "diagnostics/flow_gap": gap.norm(dim=-1).mean().item(),
+            "diagnostics/q_action_std": q.std(1).mean().item(),
+        }
         if self.args.likelihood == "adn":
             exact = exact_log_prob(lambda noise: self.sampler(obs, noise)[0], noise)
             error = flow_log_prob(self.divergence, obs, trajectory) - exact

@@ -494,6 +494,13 @@ def test_new_critics_predict_the_same_narrow_return_everywhere_if_asked():
     assert spread == pytest.approx(3200 / math.sqrt(12), rel=0.1)  # by default about uniform on [-1600, 1600]
 
 
+def test_how_much_q_tells_random_actions_apart(monkeypatch):
+    agent, obs = agent_with(), batch()[0]
+    monkeypatch.setattr(agent, "q_value", lambda qf1, qf2, obs, actions: 3 * actions.sum(-1) + 100 * obs.sum(-1))
+    expected = 3 * math.sqrt(agent.action_dim / 3)  # a uniform number in [-1, 1] has the variance 1 / 3
+    assert agent.diagnostics(obs)["diagnostics/q_action_std"] == pytest.approx(expected, rel=0.1)
+
+
 def test_a_fixed_temperature_stays_and_a_learned_one_moves_towards_rho():
     for rho, moves in ((50.0, -1), (-50.0, 1)):  # entropy above its target -rho d: alpha falls; below: it rises
         agent = agent_with(rho=rho)

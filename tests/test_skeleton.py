@@ -52,7 +52,7 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     expected |= {f"{tag}/episodic_return{end}" for tag in ("eval", "eval_exploring") for end in ("", "_std")}
     if script == "mfpo_continuous":
         names = ("ess_policy", "ess_gaussian", "policy_proposal_weight", "clipped_fraction", "edge_mass")
-        names += ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias")
+        names += ("q_std", "q_action_std", "flow_gap", "adn_log_prob_error", "adn_log_prob_bias")
         expected |= {"losses/divergence_loss", *(f"diagnostics/{name}" for name in names)}
     if script == "smfp_continuous":
         names = ("ess", "sigma", "kl_of_update", "latent_spread", "entropy_8m", "entropy_gap")
