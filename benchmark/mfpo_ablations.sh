@@ -18,6 +18,7 @@ ratios=("--policy-proposals 8 --gaussian-proposals 40" "--policy-proposals 32 --
     "mfpo-no-likelihood: $mfpo --likelihood none --no-autotune" \
     "mfpo-fixed-alpha: $mfpo --no-autotune" \
     "mfpo-exact: $mfpo --likelihood exact" \
+    "mfpo-init32: $mfpo --critic-init-std 32" \
     "mfpo-gaussian: $mfpo --proposals gaussian" \
     "mfpo-policy: $mfpo --proposals policy" \
     "mfpo-rho0.25: $mfpo --rho 0.25" \

@@ -1,34 +1,31 @@
 #!/usr/bin/env bash
 # MFPO as far as two CPU cores get in a few hours: K1 : K2 = 4 : 8 for the paper's 16 : 32, and learning from step 1,000 for
-# its 10,000. Slow start or not (--critic-init-std), beside SAC and SMFP, and the ablations.
-#     bash benchmark/mfpo_cpu.sh
-# Restarted, it goes on.
+# its 10,000. Its slow start and the end of that (--critic-init-std), beside SAC and SMFP; then some of the ablations.
+#     bash benchmark/mfpo_cpu.sh            SEEDS="1 2 3" for more; restarted, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
-small="mfpo_continuous --policy-proposals 4 --gaussian-proposals 8"
-cheetah="$small --no-clipped-double-q" # as in the paper on HalfCheetah
-narrow="--critic-init-std 32"
-sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_cpu --seeds 1)
-flags=(-- --learning-starts 1000 --eval-frequency 2000)
+read -ra seeds <<< "${SEEDS:-1}"
+mfpo="mfpo_continuous --policy-proposals 4 --gaussian-proposals 8"
+cheetah="$mfpo --no-clipped-double-q" # as in the paper on HalfCheetah
+init="--critic-init-std 32"
+sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_cpu --seeds "${seeds[@]}")
+flags=(-- --learning-starts 1000 --total-timesteps 10000 --eval-frequency 2000)
 
-"${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" "mfpo-K4-8-init32: $cheetah $narrow" \
-    "${flags[@]}" --total-timesteps 13000
-"${sweep[@]}" --env-ids InvertedPendulum-v4 --scripts "mfpo-K4-8: $small" "mfpo-K4-8-init32: $small $narrow" \
-    "${flags[@]}" --total-timesteps 10000
-"${sweep[@]}" --env-ids Hopper-v4 Humanoid-v4 Walker2d-v4 Ant-v4 --scripts "mfpo-K4-8-init32: $small $narrow" \
-    "${flags[@]}" --total-timesteps 10000
-"${sweep[@]}" --env-ids HalfCheetah-v4 Hopper-v4 Humanoid-v4 Walker2d-v4 Ant-v4 \
-    --scripts "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}" --total-timesteps 10000
-python benchmark/report.py runs/mfpo_cpu/*__{sac,smfp,mfpo-K4-8,mfpo-K4-8-init32}__1__* --normalize sac --until 10000 \
-    --out benchmark/results/mfpo_cpu
+"${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}"
+"${sweep[@]}" --env-ids InvertedPendulum-v4 --scripts "mfpo-K4-8: $mfpo" "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
+"${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 --scripts "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
+"${sweep[@]}" --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 \
+    --scripts "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}"
+python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_std diagnostics/q_action_std \
+    diagnostics/entropy --out benchmark/results/mfpo_cpu
 
+sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_cpu_ablations --seeds "${seeds[@]}")
 "${sweep[@]}" --env-ids HalfCheetah-v4 --scripts \
-    "mfpo-flow-matching: $cheetah $narrow --no-meanflow" \
-    "mfpo-T1: $cheetah $narrow --sampling-steps 1" \
-    "mfpo-T4: $cheetah $narrow --sampling-steps 4" \
-    "mfpo-policy: $cheetah $narrow --proposals policy" \
-    "mfpo-gaussian: $cheetah $narrow --proposals gaussian" \
-    "mfpo-no-likelihood: $cheetah $narrow --likelihood none --no-autotune" \
-    "mfpo-exact: $cheetah $narrow --likelihood exact" \
-    "mfpo-uniform: $cheetah $narrow --time-distribution uniform --data-proportion 0.25" \
-    "${flags[@]}" --total-timesteps 6000
+    "mfpo: $cheetah $init" \
+    "mfpo-exact: $cheetah $init --likelihood exact" \
+    "mfpo-T1: $cheetah $init --sampling-steps 1" \
+    "mfpo-gaussian: $cheetah $init --proposals gaussian" \
+    "mfpo-policy: $cheetah $init --proposals policy" \
+    "mfpo-T4: $cheetah $init --sampling-steps 4" \
+    "${flags[@]}"
+python benchmark/report.py runs/mfpo_cpu_ablations/* --normalize mfpo --out benchmark/results/mfpo_cpu_ablations

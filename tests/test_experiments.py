@@ -19,7 +19,9 @@ exec "{python}" -c 'import json, sys; print(json.dumps(sys.argv[1:]), file=open(
 """
 
 
-@pytest.mark.parametrize("script", ["mujoco.sh", "mfpo_ablations.sh", "smfp_defaults.sh", "multigoal.sh"])
+@pytest.mark.parametrize(
+    "script", ["mujoco.sh", "mfpo_ablations.sh", "mfpo_cpu.sh", "smfp_defaults.sh", "multigoal.sh"]
+)
 def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
     """With a `python` on the PATH that only writes down what it is asked."""
     file = tmp_path / "lines"
