@@ -72,7 +72,8 @@ start, rows, episodes, episode_return = time.time(), [], [], 0.0
 
 
 def row(metric: str, step: int, value: float, std: float | None = None) -> None:
-    rows.append([args.env_id, args.exp_name, args.seed, metric, step, (time.time() - start) / 3600, float(value), std])
+    numbers = ("" if x is None else f"{float(x):.6g}" for x in ((time.time() - start) / 3600, value, std))
+    rows.append([args.env_id, args.exp_name, args.seed, metric, step, *numbers])
     print(f"step {step}: {metric} {value:.3f}", flush=True)
 
 
