@@ -27,9 +27,9 @@ Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps w
 
 In TensorBoard: eval/episodic_return is the score (best of 10 candidates); diagnostics/ess_* falling to 1 means that the
 temperature is too low for the proposals; diagnostics/entropy should approach -rho d when the temperature is learned;
-diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task; diagnostics/q_std, the
-spread of the returns that the critics predict, starts near 900 and falls by a factor e in 1 / (tau (1 - gamma))
-= 20,000 updates; while it is far above the returns' own, little is learned. --critic-init-std 32 starts there.
+diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task. diagnostics/q_std, the
+spread of the returns that the critics predict, starts at 900 and falls by a factor e in 1 / (tau (1 - gamma)) = 20,000
+updates, sooner where episodes terminate; far above the returns' own spread, little is learned (--critic-init-std).
 """
 
 import copy

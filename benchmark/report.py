@@ -242,7 +242,8 @@ def draw_tasks(cells: Cells, metric: str, title: str, axis: int, path: str) -> N
 
 def spread(values: np.ndarray) -> str:
     """Mean and, of two and more seeds, sample standard deviation."""
-    digits = 0 if abs(values.mean()) >= 100 else 2
+    size = abs(values.mean())
+    digits = 0 if size >= 100 else 2 if size >= 0.01 or size == 0 else 4
     return f"{values.mean():,.{digits}f}" + (f" ± {values.std(ddof=1):,.{digits}f}" if len(values) > 1 else "")
 
 
