@@ -13,6 +13,7 @@ import torch
 import mfpo_continuous as mfpo
 import sac_continuous as sac
 import smfp_continuous as smfp
+from benchmark.proposals import exact_means, grid_of_q
 
 
 def small_flow(action_dim=2, out_dim=None, seed=0):
@@ -182,6 +183,25 @@ def test_snis_velocity_against_quadrature_in_one_dimension(t):
     )
     v_policy, _ = mfpo.snis_velocity(log_weights, x, policy, time)
     assert v_policy.item() == pytest.approx(exact, abs=0.01 / t)
+
+
+def test_the_grid_that_proposals_py_compares_with_against_scipy(monkeypatch):
+    """Q / alpha of a Gaussian: then a_0 given x_t is Gaussian too, truncated to the box."""
+    middle, std, alpha = torch.tensor([0.6, -0.3]), 0.4, 0.05
+    agent, obs = agent_with(), torch.zeros(1, 3)
+
+    def q_value(qf1, qf2, obs, actions):
+        return obs.sum(-1) - alpha * ((actions - middle) ** 2).sum(-1) / (2 * std**2)
+
+    monkeypatch.setattr(agent, "q_value", q_value)
+    actions, q = grid_of_q(agent, obs)
+    t = torch.tensor([[0.1], [0.5], [0.9]])
+    x_t = torch.tensor([[0.9, -0.4], [0.2, 0.8], [-1.5, 0.1]])
+    variance = 1 / (1 / std**2 + ((1 - t) / t) ** 2)
+    mean = variance * (middle / std**2 + (1 - t) * x_t / t**2)
+    low, high = (-1 - mean) / variance.sqrt(), (1 - mean) / variance.sqrt()
+    expected = scipy.stats.truncnorm.mean(low, high, mean, variance.sqrt())
+    np.testing.assert_allclose(exact_means(q[0], actions, x_t, t, alpha), expected, atol=1e-3)
 
 
 def test_snis_velocity_against_quadrature_in_two_dimensions():
