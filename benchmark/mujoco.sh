@@ -10,7 +10,9 @@ flags=(-- --total-timesteps "${STEPS:-1000000}")
 
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4 Swimmer-v4 HumanoidStandup-v4 \
     --scripts "sac: sac_continuous" "smfp: smfp_continuous" "smfp-crossq: smfp_continuous --critic crossq" "${flags[@]}"
-"${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 --scripts "mfpo: mfpo_continuous" "${flags[@]}"
-"${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo: mfpo_continuous --no-clipped-double-q" "${flags[@]}" # as in the paper
+"${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 --scripts \
+    "mfpo: mfpo_continuous" "mfpo-init32: mfpo_continuous --critic-init-std 32" "${flags[@]}"
+cheetah="mfpo_continuous --no-clipped-double-q" # as in the paper
+"${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo: $cheetah" "mfpo-init32: $cheetah --critic-init-std 32" "${flags[@]}"
 python benchmark/report.py runs/mujoco/* --normalize sac --published benchmark/results/published.csv \
     --out benchmark/results/mujoco
