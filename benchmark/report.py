@@ -256,9 +256,11 @@ def score_table(cells: Cells, titles: dict[str, str], published: list[dict]) -> 
         stacks = [stack(runs, metric) for metric in titles]
         ends = [int(points[0, 0, -1]) if points.size else 0 for points in stacks]
         budget, texts = max(run.last_step for run in runs), [task, name]
-        for points, end in zip(stacks, ends, strict=True):
+        for metric, points, end in zip(titles, stacks, ends, strict=True):
             early = f" (at {end:,})" if end < max(ends) else ""
-            texts.append(spread(points[2, :, -1]) + early if points.size else "none in common")
+            foreign = metric not in TITLES and not any(run.curves[metric] for run in runs)  # another script's tag
+            missing = "" if foreign else "none in common"
+            texts.append(spread(points[2, :, -1]) + early if points.size else missing)
         texts += [f"{max(ends):,}" + (f" of {budget:,}" if max(ends) < budget else ""), str(len(runs))]
         if sources:
             found = [row for row in published if (row["env_id"], row["script"]) == (task, runs[0].script)]

@@ -139,7 +139,9 @@ def test_curves_of_any_tag(tmp_path, capsys):
         with SummaryWriter(str(run), purge_step=15_000) as writer:
             writer.add_scalar("diagnostics/entropy", -2.5, 18_000, walltime=1e9 + 360)
             writer.add_scalar("losses/alpha", 0.5, 18_000, walltime=1e9 + 360)
+    runs.append(write_run(tmp_path, "Ant-v4", "without", 1, [10, 20]))
     table, rows, text = make(runs, tmp_path / "report", metric="diagnostics/entropy", also=("losses/alpha",))
+    assert table["Ant-v4", "without"][2:5] == ["20.00", "", ""]
     assert table["Ant-v4", "sac_continuous"][2:5] == ["10.00 (at 10,000)", "-2.50", "0.50"]
     found = [(row["step"], row["value"]) for row in rows if row["metric"] == "diagnostics/entropy"]
     assert found == [("18000", "-2.5")] * 2
