@@ -17,7 +17,14 @@ flags=(-- --learning-starts 1000 --total-timesteps 10000 --eval-frequency 2000)
 "${sweep[@]}" --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 \
     --scripts "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}"
 python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_std diagnostics/q_action_std \
-    diagnostics/entropy --out benchmark/results/mfpo_cpu
+    diagnostics/adn_log_prob_bias diagnostics/flow_gap --published benchmark/results/published.csv \
+    --out benchmark/results/mfpo_cpu
+
+# How fast the spread of the paper's critics falls.
+python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \
+    -- --learning-starts 1000 --total-timesteps 3000 --eval-frequency 0
+python benchmark/report.py runs/mfpo_spread/* --normalize mfpo-K4-8 --metric diagnostics/q_std \
+    --out benchmark/results/mfpo_spread
 
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_cpu_ablations --seeds "${seeds[@]}")
 "${sweep[@]}" --env-ids HalfCheetah-v4 --scripts \
