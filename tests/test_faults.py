@@ -406,14 +406,50 @@ extra | extra
 --exp-name a/b | --exp-name is a/b
 """
 
+OWN_BAD_LINES = {
+    "sac_continuous": """
+--policy-lr 0 | --policy-lr is 0
+--q-lr inf | --q-lr is inf
+""",
+    "mfpo_continuous": """
+--sampling-steps 0 | --sampling-steps is 0
+--policy-proposals 0 | --policy-proposals is 0
+--gaussian-proposals 0 | --gaussian-proposals is 0
+--divergence-probes 0 | --divergence-probes is 0
+--eval-candidates 0 | --eval-candidates is 0
+--num-atoms 1 | --num-atoms is 1
+--learning-rate nan | --learning-rate is nan
+--data-proportion 1 | for plain flow matching: --no-meanflow
+--rho nan | --rho is nan
+--v-max inf | --v-max is inf
+--v-min 5 --v-max 1 | --v-min 5.0 must be below --v-max 1.0
+--critic-init-std 0 | --critic-init-std is 0
+--critic-init-std inf | --critic-init-std is inf
+--likelihood none | add --no-autotune
+--proposals none | Invalid choice
+""",
+    "smfp_continuous": """
+--latents 0 | --latents is 0
+--behavior-candidates 0 | --behavior-candidates is 0
+--target-candidates 6 --latents 5 | --target-candidates 6 is above --latents 5
+--critic-width 0 | --critic-width is 0
+--q-lr 0 | --q-lr is 0
+--kl-coef -1 | --kl-coef is -1
+--meanflow-coef inf | --meanflow-coef is inf
+--policy-tau 0 | --policy-tau is 0
+--data-proportion 1.1 | --data-proportion is 1.1
+""",
+}
+
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     module = importlib.import_module(script)
-    cases = [line.rsplit(" | ", 1) for line in BAD_LINES.strip().splitlines()]
-    assert len(cases) >= 40
+    lines = BAD_LINES.strip().splitlines() + OWN_BAD_LINES[script].strip().splitlines()
+    cases = [line.rsplit(" | ", 1) for line in lines]
+    assert len(cases) >= 50
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             module.train(module.parse_args(line.split()))
