@@ -2,12 +2,14 @@
 # The paper's ablations of MFPO on HalfCheetah-v4, and what its authors leave open: K1 : K2 on another task, 1 to 8
 # sampling steps, the exact likelihood, and whether the average divergence network drifts over a long run.
 #     bash benchmark/mfpo_ablations.sh      STEPS=300000 SEEDS="1 2 3" for less; restarted, it goes on
-# Meant for a GPU, as benchmark/mujoco.sh is.
+# FLAGS go to every run, but a variant's own win: FLAGS="--learning-starts 1000 --policy-proposals 4 --gaussian-proposals 8"
+# and STEPS=10000 are the conditions of mfpo_cpu.sh. Without them meant for a GPU, as benchmark/mujoco.sh is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1 2 3 4 5}"
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_ablations --seeds "${seeds[@]}")
-flags=(-- --total-timesteps "${STEPS:-1000000}")
+read -ra more <<< "${FLAGS:-}"
+flags=(-- --total-timesteps "${STEPS:-1000000}" "${more[@]}")
 mfpo="mfpo_continuous --no-clipped-double-q" # the paper's setting on HalfCheetah
 
 ratios=("--policy-proposals 8 --gaussian-proposals 40" "--policy-proposals 32 --gaussian-proposals 16")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MFPO as far as two CPU cores get in a few hours: K1 : K2 = 4 : 8 for the paper's 16 : 32, and learning from step 1,000 for
-# its 10,000. Its slow start and the end of that (--critic-init-std), beside SAC and SMFP; then some of the ablations.
+# its 10,000. Its slow start and the end of that (--critic-init-std), beside SAC and SMFP. The ablations
+# under the same conditions: see mfpo_ablations.sh.
 #     bash benchmark/mfpo_cpu.sh            SEEDS="1 2 3" for more; restarted, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,16 +24,5 @@ python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_
 # How fast the spread of the paper's critics falls.
 python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \
     -- --learning-starts 1000 --total-timesteps 3000 --eval-frequency 0
-python benchmark/report.py runs/mfpo_spread/* --normalize mfpo-K4-8 --metric diagnostics/q_std \
+python benchmark/report.py runs/mfpo_spread/* --normalize mfpo-K4-8 --metric diagnostics/q_std --also diagnostics/q_action_std \
     --out benchmark/results/mfpo_spread
-
-sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_cpu_ablations --seeds "${seeds[@]}")
-"${sweep[@]}" --env-ids HalfCheetah-v4 --scripts \
-    "mfpo: $cheetah $init" \
-    "mfpo-exact: $cheetah $init --likelihood exact" \
-    "mfpo-T1: $cheetah $init --sampling-steps 1" \
-    "mfpo-gaussian: $cheetah $init --proposals gaussian" \
-    "mfpo-policy: $cheetah $init --proposals policy" \
-    "mfpo-T4: $cheetah $init --sampling-steps 4" \
-    "${flags[@]}"
-python benchmark/report.py runs/mfpo_cpu_ablations/* --normalize mfpo --out benchmark/results/mfpo_cpu_ablations

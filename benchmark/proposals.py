@@ -31,8 +31,12 @@ PROPOSALS = [  # flags of mfpo_continuous.py; a policy proposal is drawn even if
     ("0 : 48", {"proposals": "gaussian", "policy_proposals": 1, "gaussian_proposals": 48}),
     ("4 : 8", {"policy_proposals": 4, "gaussian_proposals": 8}),
     ("128 : 256", {"policy_proposals": 128, "gaussian_proposals": 256}),
+    (
+        "48 : 0, exact log pi",
+        {"proposals": "policy", "policy_proposals": 48, "gaussian_proposals": 1, "likelihood": "exact"},
+    ),
+    ("16 : 32, exact log pi", {"policy_proposals": 16, "gaussian_proposals": 32, "likelihood": "exact"}),
 ]
-PROPOSALS += [(f"{name}, exact log pi", flags | {"likelihood": "exact"}) for name, flags in PROPOSALS[:3:2]]
 
 
 @dataclass
