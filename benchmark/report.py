@@ -204,7 +204,8 @@ def draw(panels: list[tuple[str, str, list]], ylabel: str, path: str) -> None:
     looks = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 4]} for i, name in enumerate(names)}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (3.3 * columns, 2.5 * rows + 0.5)
+    legend_rows = math.ceil(len(names) / columns)
+    size = (3.3 * columns, 2.5 * rows + 0.25 + 0.25 * legend_rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
