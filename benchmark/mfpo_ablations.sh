@@ -41,6 +41,7 @@ more="--policy-proposals $((2 * K1)) --gaussian-proposals $((K2 - K1))"
     "mfpo-fewer-policy: $base $fewer" \
     "mfpo-more-policy: $base $more" \
     "${flags[@]}"
-python benchmark/report.py runs/mfpo_ablations/* --normalize mfpo --out benchmark/results/mfpo_ablations
+python benchmark/report.py runs/mfpo_ablations/* --normalize mfpo --also diagnostics/entropy diagnostics/adn_log_prob_bias \
+    losses/alpha --out benchmark/results/mfpo_ablations
 python benchmark/report.py runs/mfpo_ablations/HalfCheetah-v4__mfpo__* --metric diagnostics/adn_log_prob_bias \
     --normalize mfpo --out benchmark/results/mfpo_drift

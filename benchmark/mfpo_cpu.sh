@@ -27,7 +27,8 @@ more=(python benchmark/sweep.py --runs-dir runs/mfpo_long --seeds 1 --env-ids Ha
 "${more[@]}" "mfpo-support160: $cheetah --critic-init-std 3.2 --v-min -160 --v-max 160" \
     -- --learning-starts 1000 --total-timesteps 20000 --eval-frequency 2000
 python benchmark/report.py runs/mfpo_long/* --normalize mfpo-K4-8-init32 --also diagnostics/q_std diagnostics/edge_mass \
-    diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha --out benchmark/results/mfpo_long
+    diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha diagnostics/ess_policy \
+    diagnostics/ess_gaussian --out benchmark/results/mfpo_long
 
 # How fast the spread of the paper's critics falls.
 python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \
