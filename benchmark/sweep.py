@@ -88,8 +88,8 @@ class Run:
     log: Path
     log_start: int  # bytes that earlier sweeps have left in the log
     state: str = "waiting"
-    step: int = 0  # of the last evaluation, which this process saw at the time `since`
-    since: float = 0.0
+    step: int = 0  # of the last evaluation, or of a later checkpoint
+    since: float = 0.0  # when this process saw that evaluation
     speed: float = 0.0  # steps per second between the last two evaluations
 
     def folders(self) -> list[Path]:
@@ -146,7 +146,7 @@ def plan(args: Args) -> list[Run]:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether the run's checkpoint is of its last step. Exits if it was made under other flags than the sweep's."""
+    """Note the step of the run's checkpoint; returns whether it is the last. Exits if its flags are not the sweep's."""
     path = run.checkpoint()
     if path is None:
         return False
@@ -158,7 +158,8 @@ def is_complete(run: Run) -> bool:
     for name in sorted((before.keys() | now.keys()) - {"resume", "total_timesteps"}):
         if before.get(name) != now.get(name):
             fail(f"{path} has {name} {before.get(name)}, not {now.get(name)}; give the variant a name of its own")
-    return saved["global_step"] + now["num_envs"] > now["total_timesteps"]
+    run.step = saved["global_step"]
+    return run.step + now["num_envs"] > now["total_timesteps"]
 
 
 def start_ray(args: Args) -> float:
@@ -235,7 +236,7 @@ def train(run: Run, cpus: int, pin: bool) -> int:
 def show(runs: list[Run], shown: list[str]) -> list[str]:
     """Draw the table on a terminal, elsewhere print the rows that are not in `shown`; returns all rows.
 
-    Step, speed and return are as of the last evaluation.
+    Speed and return are as of the last evaluation, and so is the step, unless this sweep has met a later checkpoint.
     """
     rows, width = [], max(len(run.name) for run in runs)
     for run in sorted(runs, key=lambda run: run.state in ("waiting", "complete")):  # these go where there is no room
@@ -247,11 +248,11 @@ def show(runs: list[Run], shown: list[str]) -> list[str]:
         if text and run.state == "waiting":
             run.state = "running"
         step, last_return = (re.findall(r"step (\d+): eval return (\S+)", text) or [(0, "-")])[-1]
-        if int(step) != run.step:
+        if int(step) > run.step:
             now = time.time()
-            run.speed = (int(step) - run.step) / (now - run.since) if run.step else 0.0
+            run.speed = (int(step) - run.step) / (now - run.since) if run.since else 0.0
             run.step, run.since = int(step), now
-        progress = f"step {step}/{run.args['total_timesteps']}  {run.speed:.0f} steps/s  return {last_return}"
+        progress = f"step {run.step}/{run.args['total_timesteps']}  {run.speed:.0f} steps/s  return {last_return}"
         rows.append(f"{run.name:{width}}  {run.state:8}  {progress}")
     if sys.stdout.isatty():
         print("\x1b[H\x1b[J", *rows[: shutil.get_terminal_size().lines - 3], sep="\n", flush=True)

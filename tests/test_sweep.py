@@ -139,12 +139,14 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == 130 and "0 of 3 runs are complete\nto go on: python" in out, out
     assert processes(tmp_path) == {}
     assert names(tmp_path) == [f"tests.faulty-Walk-v0__{name}__1" for name in sorted(running)]
-    for name in running:
+    steps = {name: saved(tmp_path, f"{name}__1")["global_step"] for name in running}
+    for name, step in steps.items():
         log = (tmp_path / "runs" / ".sweep" / f"tests.faulty-Walk-v0__{name}__1.log").read_text()
-        step = saved(tmp_path, f"{name}__1")["global_step"]
         assert 40 < step < 400 and f"stopped at step {step}; from step {step}" in log
     code, out = sweep(tmp_path, line)
     assert code == 0, out
+    for name, step in steps.items():
+        assert f"tests.faulty-Walk-v0__{name}__1  waiting   step {step}/400" in out, out
     assert [saved(tmp_path, f"{name}__1")["global_step"] for name in "abc"] == [400] * 3
 
 
