@@ -85,7 +85,7 @@ def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
 
 
 def print_means(rows: list[dict]) -> None:
-    """A Markdown table: mean and standard deviation over the runs of each script or variant."""
+    """A Markdown table: mean and sample standard deviation over the runs of each script or variant."""
     goals = [[row[f"goal {i + 1}"] for i in range(len(GOALS))] for row in rows]
     rows = [row | {"smallest goal": min(g), "largest goal": max(g)} for row, g in zip(rows, goals, strict=True)]
     names = ["total variation", "kl", "entropy", "smallest goal", "largest goal"]
@@ -94,7 +94,8 @@ def print_means(rows: list[dict]) -> None:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         group = [row for row in rows if row["variant"] == variant]
         cells = [np.array([row[name] for row in group if name in row]) for name in names]
-        texts = [f"{x.mean():.2f} ± {x.std():.2f}" if len(x) else "" for x in cells]
+        stds = [f" ± {x.std(ddof=1):.2f}" if len(x) > 1 else "" for x in cells]
+        texts = [f"{x.mean():.2f}{std}" if len(x) else "" for x, std in zip(cells, stds, strict=True)]
         print(f"| {variant} | {len(group)} | " + " | ".join(texts) + " |")
 
 
