@@ -12,4 +12,5 @@ flags=(-- --total-timesteps 100000)
 "${sweep[@]}" "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}"
 "${sweep[@]}" "smfp-crossq: smfp_continuous --critic crossq" "${flags[@]}"
 python benchmark/report.py runs/mujoco_cpu/* --normalize sac --also diagnostics/latent_spread diagnostics/sigma \
-    diagnostics/entropy_gap diagnostics/ess diagnostics/kl_of_update losses/alpha --published benchmark/results/published.csv --out benchmark/results/mujoco_cpu
+    diagnostics/entropy_gap diagnostics/entropy diagnostics/ess diagnostics/kl_of_update losses/alpha \
+    --published benchmark/results/published.csv --out benchmark/results/mujoco_cpu
