@@ -31,7 +31,7 @@ narrow="--v-min -160 --v-max 160"
 "${more[@]}" "mfpo-support160: $cheetah $narrow --critic-init-std 3.2" "mfpo-v160: $cheetah $narrow" "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_long/* --normalize mfpo-K4-8-init32 --also diagnostics/q_std diagnostics/edge_mass \
     diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha diagnostics/ess_policy \
-    diagnostics/ess_gaussian --out benchmark/results/mfpo_long
+    diagnostics/ess_gaussian diagnostics/clipped_fraction --out benchmark/results/mfpo_long
 
 # How fast the spread of the paper's critics falls.
 python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \
