@@ -23,12 +23,14 @@ python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_
 
 # For longer: does it go on learning, does its divergence network drift? With the paper's 16 : 32 as well; and with narrower
 # atoms, 3.2 apart instead of 32, from a narrow distribution or from the paper's broad one.
-more=(python benchmark/sweep.py --runs-dir runs/mfpo_long --seeds 1 --env-ids HalfCheetah-v4 --scripts)
+more=(python benchmark/sweep.py --runs-dir runs/mfpo_long --env-ids HalfCheetah-v4)
 flags=(-- --learning-starts 1000 --eval-frequency 2000 --total-timesteps)
 narrow="--v-min -160 --v-max 160"
-"${more[@]}" "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}" 50000
-"${more[@]}" "mfpo-init32: mfpo_continuous --no-clipped-double-q $init" "${flags[@]}" 50000 --checkpoint-frequency 5000
-"${more[@]}" "mfpo-support160: $cheetah $narrow --critic-init-std 3.2" "mfpo-v160: $cheetah $narrow" "${flags[@]}" 20000
+"${more[@]}" --seeds 1 --scripts "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}" 50000
+"${more[@]}" --seeds 1 --scripts "mfpo-init32: mfpo_continuous --no-clipped-double-q $init" \
+    "${flags[@]}" 50000 --checkpoint-frequency 5000
+"${more[@]}" --seeds 1 --scripts "mfpo-support160: $cheetah $narrow --critic-init-std 3.2" "${flags[@]}" 20000
+"${more[@]}" --seeds 1 2 --scripts "mfpo-v160: $cheetah $narrow" "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_long/* --normalize mfpo-K4-8-init32 --also diagnostics/q_std diagnostics/edge_mass \
     diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha diagnostics/ess_policy \
     diagnostics/ess_gaussian diagnostics/clipped_fraction --out benchmark/results/mfpo_long
