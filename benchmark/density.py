@@ -27,6 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.report import spread
 from tests.multigoal import GOALS, boltzmann
 
 CELLS = 16
@@ -94,8 +95,7 @@ def print_means(rows: list[dict]) -> None:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         group = [row for row in rows if row["variant"] == variant]
         cells = [np.array([row[name] for row in group if name in row]) for name in names]
-        stds = [f" ± {x.std(ddof=1):.2f}" if len(x) > 1 else "" for x in cells]
-        texts = [f"{x.mean():.2f}{std}" if len(x) else "" for x, std in zip(cells, stds, strict=True)]
+        texts = [spread(x) if len(x) else "" for x in cells]
         print(f"| {variant} | {len(group)} | " + " | ".join(texts) + " |")
 
 

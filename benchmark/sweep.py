@@ -88,9 +88,13 @@ class Run:
     log: Path
     log_start: int  # bytes that earlier sweeps have left in the log
     state: str = "waiting"
-    step: int = 0  # of the last evaluation, or of a later checkpoint
+    step: int = 0  # of the last evaluation, or of the checkpoint that the sweep began with if that is later
     since: float = 0.0  # when this process saw that evaluation
     speed: float = 0.0  # steps per second between the last two evaluations
+
+    def ends_at(self, step: int) -> bool:
+        """Whether a checkpoint of this step is the last one."""
+        return step + self.args["num_envs"] > self.args["total_timesteps"]
 
     def folders(self) -> list[Path]:
         """The folders of this name, oldest first; the script appends an x to the time if the name is taken."""
@@ -145,11 +149,11 @@ def plan(args: Args) -> list[Run]:
     return list(runs.values())
 
 
-def is_complete(run: Run) -> bool:
-    """Note the step of the run's checkpoint; returns whether it is the last. Exits if its flags are not the sweep's."""
+def checkpoint_step(run: Run) -> int:
+    """The step of the run's checkpoint, 0 if it has none. Exits if it was made under other flags than the sweep's."""
     path = run.checkpoint()
     if path is None:
-        return False
+        return 0
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
@@ -158,8 +162,7 @@ def is_complete(run: Run) -> bool:
     for name in sorted((before.keys() | now.keys()) - {"resume", "total_timesteps"}):
         if before.get(name) != now.get(name):
             fail(f"{path} has {name} {before.get(name)}, not {now.get(name)}; give the variant a name of its own")
-    run.step = saved["global_step"]
-    return run.step + now["num_envs"] > now["total_timesteps"]
+    return saved["global_step"]
 
 
 def start_ray(args: Args) -> float:
@@ -236,7 +239,7 @@ def train(run: Run, cpus: int, pin: bool) -> int:
 def show(runs: list[Run], shown: list[str]) -> list[str]:
     """Draw the table on a terminal, elsewhere print the rows that are not in `shown`; returns all rows.
 
-    Speed and return are as of the last evaluation, and so is the step, unless this sweep has met a later checkpoint.
+    Speed and return are as of the last evaluation, and so is the step, once it is past the checkpoint at the start.
     """
     rows, width = [], max(len(run.name) for run in runs)
     for run in sorted(runs, key=lambda run: run.state in ("waiting", "complete")):  # these go where there is no room
@@ -264,7 +267,9 @@ def show(runs: list[Run], shown: list[str]) -> list[str]:
 def main(args: Args) -> None:
     """Plan, hand the runs to Ray, wait, and say what became of them."""
     runs = plan(args)
-    todo = [run for run in runs if not is_complete(run)]
+    for run in runs:
+        run.step = checkpoint_step(run)
+    todo = [run for run in runs if not run.ends_at(run.step)]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already", flush=True)
     if not todo:
         return
@@ -286,7 +291,7 @@ def main(args: Args) -> None:
             except ray.exceptions.RayError as error:  # it died once too often, or was cancelled
                 end = (str(error) or repr(error)).splitlines()[-1]
             # A run that was killed after its last checkpoint refuses to be resumed, with exit code 2; it is complete.
-            done = end == "exit code 0" or is_complete(run)
+            done = end == "exit code 0" or run.ends_at(checkpoint_step(run))
             run.state = "complete" if done else "stopped" if signals else f"failed with {end}, see {run.log}"
         shown = show(todo, shown)
         if signals and not stopping:
