@@ -26,7 +26,7 @@ python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_
 more=(python benchmark/sweep.py --runs-dir runs/mfpo_long --env-ids HalfCheetah-v4)
 flags=(-- --learning-starts 1000 --eval-frequency 2000 --total-timesteps)
 narrow="--v-min -160 --v-max 160"
-"${more[@]}" --seeds 1 --scripts "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}" 50000
+"${more[@]}" --seeds 1 2 --scripts "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}" 50000
 "${more[@]}" --seeds 1 --scripts "mfpo-init32: mfpo_continuous --no-clipped-double-q $init" \
     "${flags[@]}" 50000 --checkpoint-frequency 5000
 "${more[@]}" --seeds 1 --scripts "mfpo-support160: $cheetah $narrow --critic-init-std 3.2" "${flags[@]}" 20000
@@ -34,6 +34,7 @@ narrow="--v-min -160 --v-max 160"
 python benchmark/report.py runs/mfpo_long/* --normalize mfpo-K4-8-init32 --also diagnostics/q_std diagnostics/edge_mass \
     diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha diagnostics/ess_policy \
     diagnostics/ess_gaussian diagnostics/clipped_fraction --out benchmark/results/mfpo_long
+python benchmark/posture.py runs/mfpo_long/* --out benchmark/results/posture
 
 # How fast the spread of the paper's critics falls.
 python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \

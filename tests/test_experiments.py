@@ -1,4 +1,4 @@
-"""The command lines in benchmark/*.sh: sweep.py, report.py and density.py still take them."""
+"""The command lines in benchmark/*.sh: sweep.py, report.py, density.py and posture.py still take them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tyro
 
 pytest.importorskip("ray")
 pytest.importorskip("rliable")
-from benchmark import density, report, sweep
+from benchmark import density, posture, report, sweep
 
 ROOT = Path(__file__).parent.parent
 RECORD = """#!/bin/sh
@@ -20,7 +20,7 @@ exec "{python}" -c 'import json, sys; print(json.dumps(sys.argv[1:]), file=open(
 
 
 @pytest.mark.parametrize(
-    "script", ["mujoco.sh", "mfpo_ablations.sh", "mfpo_cpu.sh", "smfp_defaults.sh", "multigoal.sh"]
+    "script", ["mujoco.sh", "mujoco_cpu.sh", "mfpo_ablations.sh", "mfpo_cpu.sh", "smfp_defaults.sh", "multigoal.sh"]
 )
 def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
     """With a `python` on the PATH that only writes down what it is asked."""
@@ -38,7 +38,7 @@ def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
                 # Two sweeps of a script may not give one name to different runs.
                 assert names.setdefault((args.runs_dir, run.name), run.line) == run.line
         else:
-            module = {"benchmark/report.py": report, "benchmark/density.py": density}[program]
+            module = {f"benchmark/{x.__name__.split('.')[-1]}.py": x for x in (report, density, posture)}[program]
             args = tyro.cli(module.Args, args=line)
             assert args.out.parent == Path("benchmark/results")
             folders = {name for folder, name in names if folder == args.runs[0].parent}
