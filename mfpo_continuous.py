@@ -29,8 +29,9 @@ In TensorBoard: eval/episodic_return is the score (best of 10 candidates); diagn
 temperature is too low for the proposals; diagnostics/entropy should approach -rho d when the temperature is learned;
 diagnostics/edge_mass should stay under 0.01, or the critics' support is too narrow for the task. diagnostics/q_std, the
 spread of the returns that the critics predict, starts at 900 and falls by a factor e in 1 / (tau (1 - gamma)) = 20,000
-updates, sooner where episodes terminate; until then rewards far below the atoms' distance, 32, teach little, and a
-support of the task's scale (--v-min, --v-max) takes off sooner.
+updates, sooner where episodes terminate; until then rewards far below the atoms' distance, 32, teach little. Critics
+that start with a narrow distribution (--critic-init-std 32) or a support of the task's scale (--v-min, --v-max) take
+off sooner.
 """
 
 import copy
@@ -153,7 +154,7 @@ class Args:
     """largest atom (paper)"""
     critic_init_std: float | None = None
     """standard deviation about 0 of the return that new critics predict, at least the atoms' distance; if not given,
-    all atoms are about as likely (paper); takes off sooner, but on HalfCheetah, measured here, it levels off early"""
+    all atoms are about as likely (paper); one atom's width takes off sooner, measured on two tasks"""
     policy_frequency: int = 1
     """updates of the critics per update of the policy, the divergence network and the temperature"""
     autotune: bool = True
