@@ -503,6 +503,11 @@ class Policy(nn.Module):
         self.second = nn.Linear(256, 256)
         self.velocity = nn.Linear(256, action_dim)
         self.log_std = nn.Linear(256, action_dim)
+        # At first m = e whatever the observations: large ones (Humanoid's) would saturate the tanh and put sigma at its
+        # bounds, and the KL to so narrow a slow copy would keep the policy there for thousands of updates.
+        for head in (self.velocity, self.log_std):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def forward(self, obs, x, r, t) -> tuple[torch.Tensor, torch.Tensor]:
         flow = torch.cat([x, r.expand(*x.shape[:-1], 1), t.expand(*x.shape[:-1], 1)], dim=-1)

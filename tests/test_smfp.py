@@ -193,13 +193,23 @@ def batch(size=32, obs_dim=3, action_dim=2):
 
 
 def perturbed_agent(**flags):
-    """An agent whose slow policy differs from its policy, the same whatever the flags."""
+    """An agent whose policy differs from a new one and from its slow copy, the same whatever the flags."""
     torch.manual_seed(0)
     agent = smfp.Agent(3, 2, smfp.Args(alpha=0.5, **flags), CPU)
     with torch.no_grad():
-        for p in agent.slow_policy.parameters():
+        for p in [*agent.policy.parameters(), *agent.slow_policy.parameters()]:
             p.add_(0.1 * torch.randn_like(p))
     return agent
+
+
+def test_a_new_policy_is_the_same_whatever_the_observations():
+    torch.manual_seed(0)
+    agent = smfp.Agent(3, 2, smfp.Args(), CPU)
+    obs, e = torch.tensor([1.0, 30.0, 1e4])[:, None] * torch.randn(3, 3), torch.randn(3, 2)
+    for policy in (agent.policy, agent.slow_policy):
+        mean, log_std = smfp.one_step(policy, obs, e)
+        torch.testing.assert_close(mean, e)
+        torch.testing.assert_close(log_std, torch.full_like(e, (smfp.LOG_STD_MIN + smfp.LOG_STD_MAX) / 2))
 
 
 def policy_gradient(**flags):
