@@ -196,8 +196,11 @@ def perturbed_agent(**flags):
     """An agent whose policy differs from a new one and from its slow copy, the same whatever the flags."""
     torch.manual_seed(0)
     agent = smfp.Agent(3, 2, smfp.Args(alpha=0.5, **flags), CPU)
+    for head in (agent.policy.velocity, agent.policy.log_std):
+        head.reset_parameters()
+    agent.slow_policy.load_state_dict(agent.policy.state_dict())
     with torch.no_grad():
-        for p in [*agent.policy.parameters(), *agent.slow_policy.parameters()]:
+        for p in agent.slow_policy.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return agent
 
