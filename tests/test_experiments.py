@@ -38,7 +38,8 @@ def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
                 # Two sweeps of a script may not give one name to different runs.
                 assert names.setdefault((args.runs_dir, run.name), run.line) == run.line
         else:
-            module = {f"benchmark/{x.__name__.split('.')[-1]}.py": x for x in (report, density, posture)}[program]
+            modules = {"report.py": report, "density.py": density, "posture.py": posture}
+            module = modules[program.removeprefix("benchmark/")]
             args = tyro.cli(module.Args, args=line)
             assert args.out.parent == Path("benchmark/results")
             folders = {name for folder, name in names if folder == args.runs[0].parent}

@@ -17,10 +17,10 @@ def test_posture_of_the_steps_that_the_ring_still_holds(tmp_path):
         seen.append((step, obs))
         zeros, done = np.zeros(num_envs, np.float32), np.array([step % 14 == 0, False])
         buffer.add(obs, np.zeros((num_envs, 6), np.float32), zeros, zeros, obs, done)
-    args = {"env_id": "HalfCheetah-v4", "num_envs": num_envs, "buffer_size": size}
+    args = {"env_id": "HalfCheetah-v4", "num_envs": num_envs}
     torch.save({"args": args, "buffer": buffer.state_dict(), "global_step": steps}, tmp_path / "checkpoint.pt")
 
-    held = [(step, obs) for step, obs in seen[-len(buffer) // num_envs :]]
+    held = seen[-(len(buffer) // num_envs) :]
     rows = posture(tmp_path, every)
     lasts = [k for k in range(every, steps + 1, every) if held[0][0] <= k - every + num_envs]
     assert 2 <= len(lasts) < steps // every

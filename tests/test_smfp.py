@@ -192,13 +192,19 @@ def batch(size=32, obs_dim=3, action_dim=2):
     return obs, actions, rewards, (torch.rand(size) < 0.2).float(), next_obs
 
 
-def perturbed_agent(**flags):
-    """An agent whose policy differs from a new one and from its slow copy, the same whatever the flags."""
-    torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(alpha=0.5, **flags), CPU)
+def agent_with_heads(**flags):
+    """An agent whose policy depends on its inputs, as a new one's, with its heads at zero, does not."""
+    agent = smfp.Agent(3, 2, smfp.Args(**flags), CPU)
     for head in (agent.policy.velocity, agent.policy.log_std):
         head.reset_parameters()
     agent.slow_policy.load_state_dict(agent.policy.state_dict())
+    return agent
+
+
+def perturbed_agent(**flags):
+    """An agent whose slow policy differs from its policy, the same whatever the flags."""
+    torch.manual_seed(0)
+    agent = agent_with_heads(alpha=0.5, **flags)
     with torch.no_grad():
         for p in agent.slow_policy.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -298,7 +304,7 @@ def epsilon_of(weights):
 
 def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
     torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(policy_lr=0.01), CPU)
+    agent = agent_with_heads(policy_lr=0.01)
     obs, before = batch()[0], copy.deepcopy(agent.policy)
     torch.manual_seed(1)
     metrics = agent.update_policy(obs, torch.tensor(0.5))
@@ -314,7 +320,7 @@ def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
 def test_the_slow_copies_move_by_their_step_and_the_temperature_towards_its_target():
     for target, sign in ((50.0, 1), (-50.0, -1)):
         torch.manual_seed(0)
-        agent = smfp.Agent(3, 2, smfp.Args(tau=0.25, policy_tau=0.5), CPU)
+        agent = agent_with_heads(tau=0.25, policy_tau=0.5)
         agent.target_entropy, before = target, copy.deepcopy(agent.state_dict())
         agent.update(*batch())
         after = agent.state_dict()
@@ -350,7 +356,7 @@ def test_diagnostics_of_a_known_policy(scale, monkeypatch):
 
 def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
     torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(), CPU)
+    agent = agent_with_heads()
     obs = batch()[0]
     with torch.random.fork_rng(), torch.no_grad():
         e = torch.randn(32, 10, 2)
@@ -363,8 +369,7 @@ def test_best_of_n_plays_the_candidate_with_the_highest_target_value():
 def test_td_target_against_a_loop_with_candidates():
     """K_t = 3 of M = 4: the candidate with the highest target value, its soft value, no bootstrap where terminated."""
     torch.manual_seed(0)
-    args = smfp.Args(latents=4, target_candidates=3, gamma=0.9)
-    agent = smfp.Agent(3, 2, args, CPU)
+    agent = agent_with_heads(latents=4, target_candidates=3, gamma=0.9)
     obs, actions, rewards, terminations, next_obs = batch()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -389,7 +394,7 @@ def test_td_target_against_a_loop_with_candidates():
 
 def test_crossq_has_no_targets_and_learns_its_statistics_in_the_critic_update_alone():
     torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(critic="crossq", latents=2), CPU)
+    agent = agent_with_heads(critic="crossq", latents=2)
     assert not any("target" in name for name, _ in agent.named_parameters())
     optimizers = (agent.q_optimizer, agent.policy_optimizer, agent.alpha_optimizer)
     assert [optimizer.defaults["betas"][0] for optimizer in optimizers] == [0.5, 0.5, 0.9]
@@ -409,7 +414,7 @@ def test_crossq_has_no_targets_and_learns_its_statistics_in_the_critic_update_al
 
 def test_crossq_regresses_on_the_joint_pass_without_a_gradient_of_the_target():
     torch.manual_seed(0)
-    agent = smfp.Agent(3, 2, smfp.Args(critic="crossq", latents=2, gamma=0.9), CPU)
+    agent = agent_with_heads(critic="crossq", latents=2, gamma=0.9)
     critics = copy.deepcopy(agent.qf1).train(), copy.deepcopy(agent.qf2).train()
     obs, actions, rewards, terminations, next_obs = batch()
     torch.manual_seed(1)
