@@ -9,6 +9,9 @@ machine's drift cancels; what is reported is the median over the rounds, and the
 a process each, on random data: an action is one observation from NumPy to NumPy. Whole loops are the scripts as users
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
+With --compile actions are timed compiled, too, as somebody would deploy a policy (see COMPILED; it needs a C++ compiler
+and takes minutes). Updates are not: PyTorch 2.13 compiles neither MFPO's nor SMFP's.
+
 An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
 floating-point operations in matrix products, counted by PyTorch, over the rate of one
 (rows, 256) x (256, 256) product measured in the same rounds, rows being those of the update's largest one.
@@ -45,6 +48,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 from benchmark.rounds import answer_rounds, seconds_per_call  # noqa: E402
 
+COMPILED = {"cpp_wrapper": True}  # for torch.compile: between the kernels, too, there is C++ and not Python
 SHAPES = {"Hopper": (11, 3), "Humanoid": (376, 17), "Dog": (223, 38)}  # Dog: of DeepMind Control, 38 actions
 
 
@@ -64,6 +68,8 @@ class Args:
     """rounds of updates and actions"""
     loop_rounds: int = 3
     """rounds of the whole loop"""
+    compile: bool = False
+    """also time actions of a compiled policy"""
     loop_seconds: float = 15.0
     """how long a loop is timed for in a round"""
     peer: tuple[str, ...] = ()
@@ -122,8 +128,10 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
         operations = counter.get_total_flops() / args.policy_frequency
         return {"operations": operations, "floor": operations / rate, "gpu_memory": gpu}
 
-    plays = (partial(act, module.CudaGraph(play, graphed)) for play in (agent.sample_actions, agent.eval_actions))
-    answer_rounds(update, *plays, wait=wait, facts=facts)
+    plays = [agent.sample_actions, agent.eval_actions]
+    if mode == "compiled":
+        plays = [torch.compile(play, options=COMPILED) for play in plays]
+    answer_rounds(update, *(partial(act, module.CudaGraph(play, graphed)) for play in plays), wait=wait, facts=facts)
 
 
 def environment(args: Args) -> dict[str, str]:
@@ -144,7 +152,7 @@ def parse_peer(text: str, scripts: tuple[str, ...]) -> tuple[str, str, list[str]
 def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
     """What each (script, mode) answered in each round at one shape."""
     sizes = [str(n) for n in SHAPES[shape]]
-    modes = ["eager", "graph"] if torch.cuda.is_available() else ["eager"]
+    modes = ["eager"] + ["graph"] * torch.cuda.is_available() + ["compiled"] * args.compile
     own = [sys.executable, str(Path(__file__))]
     commands = {(script, mode): [*own, "--work", script, mode] for script in args.scripts for mode in modes}
     commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.peer)}
@@ -227,9 +235,11 @@ def main(args: Args) -> None:
 
     for shape in args.shapes:
         for key, answers in time_rounds(args, shape).items():
-            add(key, shape, "updates/s", [1 / a["update"] for a in answers])
             add(key, shape, "ms per action", [1e3 * a["action"] for a in answers])
             add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
+            if key[1] == "compiled":
+                continue
+            add(key, shape, "updates/s", [1 / a["update"] for a in answers])
             add(key, shape, "peak memory, MiB", [a["peak_memory"] / 2**20 for a in answers])
             if "floor" in answers[0]:
                 add(key, shape, "share of the floor, %", [100 * a["floor"] / a["update"] for a in answers])

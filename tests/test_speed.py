@@ -1,5 +1,6 @@
 """The speed benchmark measures what it says: against processes that sleep, and a run that it times from inside."""
 
+import importlib
 import itertools
 import json
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmark import rounds, speed
 
@@ -51,6 +53,20 @@ def test_our_worker_counts_the_operations_of_an_update():
     policy = learn_actor + 2 * 2 * forward_critic  # the critics pass the gradient to the action, none to their weights
     assert answer["operations"] == 2 * batch * (target + critics + policy)
     assert answer["update"] > answer["floor"] and answer["peak_memory"] > 1e8
+
+
+@pytest.mark.parametrize("script", speed.Args.scripts)
+def test_a_compiled_policy_plays_the_same_actions(script):
+    module = importlib.import_module(script)
+    torch.manual_seed(0)
+    agent, obs = module.Agent(11, 3, module.Args(), torch.device("cpu")), torch.randn(4, 11)
+    compiled = torch.compile(agent.sample_actions, options=speed.COMPILED | {"fallback_random": True})
+    actions = []
+    for play in (agent.sample_actions, compiled, compiled):
+        torch.manual_seed(1)
+        actions.append(play(obs))
+    torch.testing.assert_close(actions[1], actions[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(actions[1], actions[2]) and not torch.equal(compiled(obs), actions[2])  # fresh noise
 
 
 def test_a_loop_is_timed_from_inside_the_environment(tmp_path):
