@@ -748,33 +748,26 @@ class Agent(nn.Module):
         Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), log pi (B, K1) for the
         temperature and, for the log, the two ESS and the weight of the policy proposal (B, 1).
         """
-        batch_size, d, proposals = len(obs), self.action_dim, self.args.proposals
-        noise = torch.randn(batch_size, self.args.policy_proposals, d, device=obs.device)
-        eps = torch.randn(batch_size, d, device=obs.device)
-        uniform = torch.rand(batch_size, self.args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
+        batch_size, d, args = len(obs), self.action_dim, self.args
+        obs = obs[:, None]  # (B, 1, obs_dim)
+        noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
+        from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
+        from_policy = from_policy.clamp(-1, 1)
+        a_0 = from_policy[:, 0]
+        x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
+        uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
+        from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
 
-        def estimate_chunk(obs, t, noise, eps, uniform):
-            obs = obs[:, None]  # (B, 1, obs_dim)
-            from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
-            from_policy = from_policy.clamp(-1, 1)
-            x_t = (1 - t) * from_policy[:, 0] + t * eps
-            from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
-            q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
-            q_policy, q_gaussian = q.split([noise.shape[1], uniform.shape[1]], 1)
-            log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
-            v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
-            v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
-            share = ess_policy / (ess_policy + ess_gaussian)  # the policy proposal's weight, (B, 1)
-            if proposals != "both":
-                share = torch.full_like(share, float(proposals == "policy"))
-            velocity = share * v_policy + (1 - share) * v_gaussian
-            return x_t, velocity, from_policy[:, 0], log_prob, ess_policy, ess_gaussian, share
-
-        # On a CPU 32 states at a time: their activations stay in the cache.
-        chunk = 32 if obs.device.type == "cpu" else batch_size
-        splits = [x.split(chunk) for x in (obs, t, noise, eps, uniform)]
-        parts = [estimate_chunk(*part) for part in zip(*splits, strict=True)]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
+        q_policy, q_gaussian = q.split([args.policy_proposals, args.gaussian_proposals], 1)
+        log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
+        v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
+        v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
+        share = ess_policy / (ess_policy + ess_gaussian)  # the policy proposal's weight, (B, 1)
+        if args.proposals != "both":
+            share = torch.full_like(share, float(args.proposals == "policy"))
+        velocity = share * v_policy + (1 - share) * v_gaussian
+        return x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share
 
     def meanflow_loss(self, network, obs, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
         """Mean over the batch of | network - stop-gradient MeanFlow target |^2, summed over d (MeanFlow, equation 9).
