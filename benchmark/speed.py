@@ -79,10 +79,11 @@ class Args:
 
 
 def largest_product(script: str) -> int:
-    """Rows of the largest matrix product of an update: the batch times the samples per state."""
+    """Rows of the largest matrix product of an update: the batch, or its part on a CPU, times samples per state."""
     args = importlib.import_module(script).Args()
     if script == "mfpo_continuous":
-        return args.batch_size * (args.policy_proposals + args.gaussian_proposals)
+        states = args.batch_size if torch.cuda.is_available() else 64
+        return states * (args.policy_proposals + args.gaussian_proposals)
     return args.batch_size * getattr(args, "latents", 1)
 
 
