@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +209,9 @@ def hardware() -> tuple[str, str]:
     return cpu, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
+@cache
 def commit() -> str:
-    """What is checked out, with `-dirty` if it was changed; empty outside a repository."""
+    """What was checked out when the run began, with `-dirty` if it was changed; empty outside a repository."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return git.stdout.strip()
 
@@ -227,6 +228,7 @@ def machine(args: Args) -> str:
 def main(args: Args) -> None:
     for peer in (*args.peer, *args.loop_peer):
         parse_peer(peer, args.scripts)
+    commit()  # before the results, which may be tracked, are written
     rows = []  # (script, mode, place, quantity, median, lowest, highest)
 
     def add(key, place, quantity, values):
