@@ -58,11 +58,8 @@ def load(run: Path, states: int) -> tuple[mfpo.Agent, torch.Tensor]:
     buffer = saved["buffer"]
     agent = mfpo.Agent(buffer["observations"].shape[-1], buffer["actions"].shape[-1], mfpo.Args(**saved["args"]), CPU)
     agent.load_state_dict(saved["agent"])
-    if agent.action_dim not in POINTS:
-        print(f"proposals.py: error: {run} has {agent.action_dim} action dimensions, more than 3", file=sys.stderr)
-        sys.exit(2)
-    rows = buffer["starts"][torch.randint(len(buffer["starts"]), (states,))]
-    return agent, buffer["observations"][rows, 0]
+    rows = buffer["start_rows"] % len(buffer["observations"])
+    return agent, buffer["observations"][rows[torch.randint(len(rows), (states,))], 0]
 
 
 @torch.no_grad()
@@ -86,6 +83,9 @@ def measure(run: Path, args: Args) -> list[dict]:
     """A row for each temperature and each number of proposals."""
     torch.manual_seed(args.seed)
     agent, obs = load(run, args.states)
+    if agent.action_dim not in POINTS:
+        print(f"proposals.py: error: {run} has {agent.action_dim} action dimensions, more than 3", file=sys.stderr)
+        sys.exit(2)
     actions, q = grid_of_q(agent, obs)
     trained, reached, rows = agent.args, agent.log_alpha.exp().item(), []
     for alpha in (reached, 10 * reached, 100 * reached):

@@ -13,7 +13,8 @@ import torch
 import mfpo_continuous as mfpo
 import sac_continuous as sac
 import smfp_continuous as smfp
-from benchmark.proposals import exact_means, grid_of_q
+from benchmark.likelihood import log_probs
+from benchmark.proposals import exact_means, grid_of_q, load
 
 
 def small_flow(action_dim=2, out_dim=None, seed=0):
@@ -202,6 +203,44 @@ def test_the_grid_that_proposals_py_compares_with_against_scipy(monkeypatch):
     low, high = (-1 - mean) / variance.sqrt(), (1 - mean) / variance.sqrt()
     expected = scipy.stats.truncnorm.mean(low, high, mean, variance.sqrt())
     np.testing.assert_allclose(exact_means(q[0], actions, x_t, t, alpha), expected, atol=1e-3)
+
+
+def test_the_log_probs_that_likelihood_py_compares_in_closed_form():
+    """A linear field, c x at r = t, shrinks noise by e^-c; a map with another rate, g x, by (1 - g / T)^T."""
+    c, g, delta, steps = torch.tensor([0.8, -0.5]), torch.tensor([1.2, 0.3]), 0.7, 4
+
+    class Linear(torch.nn.Module):
+        def forward(self, obs, x, r, t):
+            return torch.where(r == t, c, g) * x
+
+    class Constant(torch.nn.Module):
+        def forward(self, obs, x, r, t):
+            return torch.full_like(x[:, :1], delta)
+
+    agent = agent_with(sampling_steps=steps)
+    agent.actor, agent.divergence = Linear(), Constant()
+    noise = torch.randn(30, 2)
+    normal = torch.from_numpy(scipy.stats.norm.logpdf(noise).sum(-1)).float()
+    logs = log_probs(agent, torch.zeros(30, 3), noise)
+    torch.testing.assert_close(logs["network"], normal + delta)
+    torch.testing.assert_close(logs["field"], normal + c.sum(), atol=0.01, rtol=0)  # 64 Euler steps
+    torch.testing.assert_close(logs["map"], normal - steps * (1 - g / steps).log().sum())
+    assert "network" not in log_probs(agent_with(likelihood="exact"), torch.zeros(30, 3), noise)
+
+
+def test_states_of_a_run_are_those_that_were_acted_on(tmp_path):
+    """Rows that only end an episode, and the rest of the rings, are none."""
+    agent, buffer = agent_with(), mfpo.ReplayBuffer(12, 1, 3, 2, torch.device("cpu"))
+    zero, acted_on = np.zeros(1, np.float32), []
+    for step in range(1, 21):
+        obs = np.full((1, 3), step, np.float32)
+        buffer.add(obs, np.zeros((1, 2), np.float32), zero, zero, -obs, np.array([step % 3 == 0]))
+        acted_on.append(step)
+    saved = {"script": "mfpo_continuous", "args": vars(agent.args), "agent": agent.state_dict()}
+    torch.save(saved | {"buffer": buffer.state_dict()}, tmp_path / "checkpoint.pt")
+    loaded, obs = load(tmp_path, 500)
+    assert sorted(set(obs[:, 0].tolist())) == acted_on[-len(buffer) :]
+    torch.testing.assert_close(loaded.state_dict(), agent.state_dict())
 
 
 def test_snis_velocity_against_quadrature_in_two_dimensions():
