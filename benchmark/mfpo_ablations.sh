@@ -45,3 +45,4 @@ python benchmark/report.py runs/mfpo_ablations/* --normalize mfpo --also diagnos
     losses/alpha --out benchmark/results/mfpo_ablations
 python benchmark/report.py runs/mfpo_ablations/HalfCheetah-v4__mfpo__* --metric diagnostics/adn_log_prob_bias \
     --normalize mfpo --out benchmark/results/mfpo_drift
+python benchmark/likelihood.py runs/mfpo_ablations/* --out benchmark/results/likelihood

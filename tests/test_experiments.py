@@ -1,4 +1,4 @@
-"""The command lines in benchmark/*.sh: sweep.py, report.py, density.py and posture.py still take them."""
+"""The command lines in benchmark/*.sh: sweep.py, report.py and the rest of their programs still take them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tyro
 
 pytest.importorskip("ray")
 pytest.importorskip("rliable")
-from benchmark import density, posture, report, sweep
+from benchmark import density, likelihood, posture, report, sweep
 
 ROOT = Path(__file__).parent.parent
 RECORD = """#!/bin/sh
@@ -38,8 +38,8 @@ def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
                 # Two sweeps of a script may not give one name to different runs.
                 assert names.setdefault((args.runs_dir, run.name), run.line) == run.line
         else:
-            modules = {"report.py": report, "density.py": density, "posture.py": posture}
-            module = modules[program.removeprefix("benchmark/")]
+            modules = {module.__name__: module for module in (density, likelihood, posture, report)}
+            module = modules[program.removesuffix(".py").replace("/", ".")]
             args = tyro.cli(module.Args, args=line)
             assert args.out.parent == Path("benchmark/results")
             folders = {name for folder, name in names if folder == args.runs[0].parent}
