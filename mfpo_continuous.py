@@ -249,10 +249,11 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     """
     try:
         env = gym.make(env_id, render_mode="rgb_array") if video_folder else gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+    except Exception as error:  # an unknown id, a missing package, or a fault in the environment's own code
+        near = difflib.get_close_matches(env_id, gym.registry.keys() - {env_id}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
-        fail(f"--env-id {env_id} cannot be made ({str(error).splitlines()[0]}); {hint}")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"--env-id {env_id} cannot be made ({reason}); {hint}")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")

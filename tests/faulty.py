@@ -75,7 +75,12 @@ class Walk(gym.Env):
         return obs, reward, False, self.length == 20, {}
 
 
+def broken():
+    raise AttributeError("the simulator has changed\nand has more to say")
+
+
 gym.register("Walk-v0", Walk)
+gym.register("Broken-v0", broken)
 for name in FAULTS:
     when = 7 if name == "RaiseInReset-v0" else 130
     gym.register(name, Walk, kwargs={"fault": name, "when": when}, disable_env_checker=True)

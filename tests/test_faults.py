@@ -357,7 +357,8 @@ BAD_LINES = """
 --env-id CartPole-v1 | Discrete
 --env-id FrozenLake-v1 | Discrete
 --env-id Hopper-v99 | Hopper-v99
---env-id Hopper-v2 | Hopper-v2
+--env-id Hopper-v2 | did you mean Hopper-v5
+--env-id tests.faulty:Broken-v0 | cannot be made (AttributeError: the simulator has changed)
 --env-id = | --env-id = cannot be made
 --total-timesteps 0 | --total-timesteps is 0
 --total-timesteps -5 | --total-timesteps is -5
