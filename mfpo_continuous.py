@@ -173,6 +173,11 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def first_line(error: Exception) -> str:
+    """An exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
@@ -231,7 +236,7 @@ class CheckedEnv(gym.Wrapper):
                 reward, _, _, _ = rest
             obs, reward = np.asarray(obs), float(reward)
         except Exception as error:
-            raise EnvError(f"{name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+            raise EnvError(f"{name} raised {first_line(error)}") from error
         shape = self.observation_space.shape
         if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
             raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
@@ -252,8 +257,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     except Exception as error:  # an unknown id, a missing package, or a fault in the environment's own code
         near = difflib.get_close_matches(env_id, gym.registry.keys() - {env_id}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"--env-id {env_id} cannot be made ({reason}); {hint}")
+        fail(f"--env-id {env_id} cannot be made ({first_line(error)}); {hint}")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
@@ -283,7 +287,7 @@ def check_video(env_id: str) -> None:
         env.render()
         env.close()
     except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
-        fail(f"--capture-video cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"--capture-video cannot render {env_id} ({first_line(error)})")
 
 
 class ReplayBuffer:
@@ -607,6 +611,8 @@ def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, 
 class Agent(nn.Module):
     """Networks, optimisers and one update of everything."""
 
+    states_at_once = 64  # of a velocity estimate on a CPU: their activations stay in the cache, 5 % faster than all 256
+
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
         self.args, self.action_dim = args, action_dim
@@ -715,10 +721,7 @@ class Agent(nn.Module):
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the policy, regressed on the Boltzmann policy's velocity; then on divergence and temperature."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
-        # On a CPU 64 states at a time, whose activations stay in the cache: 5 % faster than all at once.
-        chunk = 64 if obs.device.type == "cpu" else len(obs)
-        parts = [self.estimate_velocity(*part, alpha) for part in zip(obs.split(chunk), t.split(chunk), strict=True)]
-        x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share = map(torch.cat, zip(*parts, strict=True))
+        x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
         actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
@@ -752,7 +755,11 @@ class Agent(nn.Module):
         Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), log pi (B, K1) for the
         temperature and, for the log, the two ESS and the weight of the policy proposal (B, 1).
         """
-        batch_size, d, args = len(obs), self.action_dim, self.args
+        batch_size, d, args, n = len(obs), self.action_dim, self.args, self.states_at_once
+        if obs.device.type == "cpu" and batch_size > n:
+            parts = [self.estimate_velocity(*part, alpha) for part in zip(obs.split(n), t.split(n), strict=True)]
+            return tuple(map(torch.cat, zip(*parts, strict=True)))
+
         obs = obs[:, None]  # (B, 1, obs_dim)
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
@@ -876,8 +883,7 @@ def load_file(path: str | Path, flag: str, **options) -> dict:
         if unknown:
             raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({reason})")
+        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({first_line(error)})")
     return saved
 
 

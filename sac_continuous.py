@@ -133,6 +133,11 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def first_line(error: Exception) -> str:
+    """An exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
@@ -191,7 +196,7 @@ class CheckedEnv(gym.Wrapper):
                 reward, _, _, _ = rest
             obs, reward = np.asarray(obs), float(reward)
         except Exception as error:
-            raise EnvError(f"{name} raised {type(error).__name__}: {error}".splitlines()[0]) from error
+            raise EnvError(f"{name} raised {first_line(error)}") from error
         shape = self.observation_space.shape
         if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
             raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
@@ -212,8 +217,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     except Exception as error:  # an unknown id, a missing package, or a fault in the environment's own code
         near = difflib.get_close_matches(env_id, gym.registry.keys() - {env_id}, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"--env-id {env_id} cannot be made ({reason}); {hint}")
+        fail(f"--env-id {env_id} cannot be made ({first_line(error)}); {hint}")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
@@ -243,7 +247,7 @@ def check_video(env_id: str) -> None:
         env.render()
         env.close()
     except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
-        fail(f"--capture-video cannot render {env_id} ({type(error).__name__}: {str(error).splitlines()[0]})")
+        fail(f"--capture-video cannot render {env_id} ({first_line(error)})")
 
 
 class ReplayBuffer:
@@ -551,8 +555,7 @@ def load_file(path: str | Path, flag: str, **options) -> dict:
         if unknown:
             raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({reason})")
+        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({first_line(error)})")
     return saved
 
 

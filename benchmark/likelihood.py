@@ -42,7 +42,7 @@ def log_probs(agent: mfpo.Agent, obs: torch.Tensor, noise: torch.Tensor) -> dict
     """log pi (B,) of what noise (B, d) becomes: by the network (if there is one), by the field and by the map."""
     result = {}
     if agent.args.likelihood == "adn":
-        result["network"] = mfpo.flow_log_prob(agent.divergence, obs, agent.sampler(obs, noise)[1])
+        result["network"] = agent.sample_with_log_prob(obs, noise)[1]
 
     def field(noise):
         return mfpo.sample_flow(agent.actor, obs, noise, FIELD_STEPS, meanflow=False)[0]

@@ -231,11 +231,10 @@ def test_the_log_probs_that_likelihood_py_compares_in_closed_form():
 def test_states_of_a_run_are_those_that_were_acted_on(tmp_path):
     """Rows that only end an episode, and the rest of the rings, are none."""
     agent, buffer = agent_with(), mfpo.ReplayBuffer(12, 1, 3, 2, torch.device("cpu"))
-    zero, acted_on = np.zeros(1, np.float32), []
-    for step in range(1, 21):
+    zero, acted_on = np.zeros(1, np.float32), list(range(1, 21))
+    for step in acted_on:
         obs = np.full((1, 3), step, np.float32)
         buffer.add(obs, np.zeros((1, 2), np.float32), zero, zero, -obs, np.array([step % 3 == 0]))
-        acted_on.append(step)
     saved = {"script": "mfpo_continuous", "args": vars(agent.args), "agent": agent.state_dict()}
     torch.save(saved | {"buffer": buffer.state_dict()}, tmp_path / "checkpoint.pt")
     loaded, obs = load(tmp_path, 500)
@@ -386,6 +385,16 @@ def estimate(agent):
     torch.manual_seed(1)
     names = ["x_t", "velocity", "a_0", "log_prob", "ess_policy", "ess_gaussian", "share"]
     return dict(zip(names, agent.estimate_velocity(obs, t, torch.tensor(0.5)), strict=True))
+
+
+def test_a_velocity_estimate_in_parts_is_that_of_each_part(monkeypatch):
+    agent, obs, t, alpha = agent_with(), batch()[0], torch.linspace(0.1, 0.9, 40)[:, None], torch.tensor(0.5)
+    torch.manual_seed(1)
+    parts = [agent.estimate_velocity(obs[i : i + 16], t[i : i + 16], alpha) for i in (0, 16, 32)]
+    monkeypatch.setattr(agent, "states_at_once", 16)
+    torch.manual_seed(1)
+    for whole, *pieces in zip(agent.estimate_velocity(obs, t, alpha), *parts, strict=True):
+        torch.testing.assert_close(whole, torch.cat(pieces), rtol=0, atol=0)
 
 
 def test_velocity_estimate_against_a_loop():
