@@ -68,6 +68,8 @@ class Args:
     """what the curves show; or a TensorBoard tag, as diagnostics/entropy, which CSV and table then have too"""
     also: tuple[str, ...] = ()
     """more TensorBoard tags for CSV and table"""
+    every: int = 1
+    """of the tags of --also keep one row, the first, in this many steps"""
     until: int | None = None
     """leave out what runs did after this step, to compare some of unequal length"""
     normalize: str = "sac_continuous"
@@ -366,6 +368,8 @@ def report(cells: Cells, titles: dict[str, str], published: list[dict], args: Ar
 
 
 def main(args: Args) -> None:
+    if args.every < 1:
+        fail(f"--every is {args.every}; it must be at least 1")
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of rows that a resume superseded
     titles = TITLES | {tag: TITLES.get(tag, tag) for tag in (args.metric, *args.also)}
     runs = [read_run(folder, titles) for folder in args.runs]
@@ -373,6 +377,9 @@ def main(args: Args) -> None:
         run.reached, run.last_step = min(run.reached, args.until), min(run.last_step, args.until)
         for metric, curve in run.curves.items():
             run.curves[metric] = {step: point for step, point in curve.items() if step <= args.until}
+    for run, tag in itertools.product(runs, args.also):
+        kept = {step // args.every: (step, point) for step, point in reversed(run.curves[tag].items())}
+        run.curves[tag] = dict(reversed(kept.values()))
     runs.sort(key=lambda run: (run.env_id, run.exp_name, run.seed))
     for flag, tags in (("metric", [args.metric]), ("also", args.also)):
         for tag in tags:

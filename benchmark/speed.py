@@ -285,6 +285,8 @@ def table(rows) -> str:
         sac = medians.get(("sac_continuous", mode, place, quantity))
         if quantity.startswith("ms") and sac and script != "sac_continuous":
             ratios.append(f"- {script} ({mode}), {place}: {value / sac:.2f} x the {quantity} of sac_continuous")
+        if quantity == "training steps/s" and sac and script != "sac_continuous":
+            ratios.append(f"- {script} ({mode}), {place}: {sac / value:.2f} x the training time of sac_continuous")
     return "\n".join([*lines, "", *ratios, ""])
 
 

@@ -154,6 +154,20 @@ def test_curves_of_any_tag(tmp_path, capsys):
     assert "--also losses/alfa: no run has such a tag" in capsys.readouterr().err
 
 
+def test_rows_of_other_tags_can_be_thinned(tmp_path, capsys):
+    run = write_run(tmp_path, "Ant-v4", "sac_continuous", 1, [10, 20, 30])
+    with SummaryWriter(str(run), purge_step=30_001) as writer:
+        for step in (30_100, 34_900, 35_000, 35_100, 48_000, 51_000):
+            writer.add_scalar("losses/alpha", step / 1e5, step, walltime=1e9 + 500)
+    options = dict(metric="eval", also=("losses/alpha",))
+    _, rows, _ = make([run], tmp_path / "report", every=5_000, **options)
+    assert [float(row["value"]) for row in rows if row["metric"] == "losses/alpha"] == [0.301, 0.35, 0.48, 0.51]
+    assert [row["step"] for row in rows if row["metric"] == "eval"] == ["10000", "20000", "30000"]
+    with pytest.raises(SystemExit):
+        make([run], tmp_path / "report", every=0, **options)
+    assert "--every is 0; it must be at least 1" in capsys.readouterr().err
+
+
 def test_without_evaluations_training_returns_are_binned_by_hundredths_of_the_run(tmp_path):
     args = sac_continuous.Args(env_id="Hopper-v4", exp_name="sac", eval_frequency=0, total_timesteps=1000)
     write_session(tmp_path / "run", 0, [(1, "charts", step, step) for step in (11, 19, 20, 21, 1000)], args=args)
