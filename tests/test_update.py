@@ -1,0 +1,548 @@
+"""Whole updates against a second writing of each method: networks by hand, plain sums, finite differences.
+
+From the weights before an update the second writing computes, in float64 and with the noise drawn in the same order,
+the gradient that each optimiser must be handed and every metric. What becomes of a gradient and of a slow copy is a
+formula. In a name, `before` and `after` are agents before and after the update.
+"""
+
+import copy
+import math
+
+import pytest
+import scipy.stats
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import mfpo_continuous as mfpo
+import sac_continuous as sac
+import smfp_continuous as smfp
+
+OBS_DIM, BATCH_SIZE = 3, 12
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def new_agent(module, action_dim, flags):
+    """An agent whose slow copies differ from what they follow, so that it shows which of the two is used."""
+    torch.manual_seed(0)
+    agent = module.Agent(OBS_DIM, action_dim, module.Args(**flags), torch.device("cpu"))
+    with torch.no_grad():
+        for name, p in agent.named_parameters():
+            if name != "log_alpha":
+                p.add_(0.02 * torch.randn_like(p))
+    return agent
+
+
+def check_updates(agent, action_dim, reference, rates, slow, tolerance=1e-7):
+    """Two updates of `agent` against `reference(before, after, batch)`: gradients by optimiser, and metrics.
+
+    `rates` has the optimisers' learning rates; `slow` the slow copies: what each follows, and by which step.
+    """
+    for k in range(2):
+        torch.manual_seed(10 + k)
+        obs, next_obs = torch.randn(2, BATCH_SIZE, OBS_DIM)
+        actions, rewards = 2 * torch.rand(BATCH_SIZE, action_dim) - 1, torch.randn(BATCH_SIZE)
+        batch = obs, actions, rewards, (torch.rand(BATCH_SIZE) < 0.4).double(), next_obs
+        before, gradients = copy.deepcopy(agent), {}
+        with pytest.MonkeyPatch.context() as patch:
+            for name in rates:
+                optimizer = getattr(agent, name)
+                patch.setattr(optimizer, "step", recorded(gradients, name, optimizer))
+            torch.manual_seed(20 + k)
+            metrics = agent.update(*batch)
+        torch.manual_seed(20 + k)
+        expected, expected_metrics = reference(before, agent, batch)
+
+        assert gradients.keys() == expected.keys()
+        for name, found in gradients.items():
+            largest = max(g.abs().max() for g in expected[name]).item()
+            for g, h in zip(found, expected[name], strict=True):
+                torch.testing.assert_close(g, h, rtol=tolerance, atol=tolerance * largest)
+            then, now = (getattr(x, name).param_groups[0]["params"] for x in (before, agent))
+            for p, q, g in zip(now, then, found, strict=True) if k == 0 else ():  # Adam's first step
+                torch.testing.assert_close(p, q - rates[name] * g / (g.abs() + 1e-8))
+        for name, (followed, step) in slow.items():
+            for p, q, goal in zip(
+                getattr(agent, name).parameters(),
+                getattr(before, name).parameters(),
+                getattr(agent, followed).parameters(),
+                strict=True,
+            ):
+                torch.testing.assert_close(p, (1 - step) * q + step * goal)
+        assert metrics.keys() == expected_metrics.keys()
+        for name, value in expected_metrics.items():
+            assert metrics[name].item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
+
+
+def recorded(gradients, name, optimizer):
+    """The optimiser's step, which first copies the gradients that it is handed to `gradients[name]`."""
+    real = optimizer.step
+
+    def step():
+        gradients[name] = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+        real()
+
+    return step
+
+
+def gradient(loss, parameters):
+    """d loss / d parameters, zero where the loss does not depend on one."""
+    return torch.autograd.grad(loss, [*parameters], allow_unused=True, materialize_grads=True)
+
+
+def critic_metrics(q1, q2, loss1, loss2):
+    means = {"losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean()}
+    return means | {"losses/qf1_loss": loss1, "losses/qf2_loss": loss2, "losses/qf_loss": (loss1 + loss2) / 2}
+
+
+def linear(layer, x):
+    return x @ layer.weight.T + layer.bias
+
+
+def bounded_std(x):
+    """sigma from the output of a head: its logarithm is in [-5, 2]."""
+    return (-5 + 7 * (torch.tanh(x) + 1) / 2).exp()
+
+
+def log_det(y):
+    """log |d tanh(y) / dy| (...) of y (..., d), the derivative being 1 / cosh^2."""
+    return -2 * torch.log(torch.cosh(y)).sum(-1)
+
+
+def slope(f, h=1e-3):
+    """f'(0), by central differences of the fourth order."""
+    return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+
+
+@pytest.mark.parametrize("module", [sac, smfp, mfpo])
+def test_the_slow_copies_of_a_new_agent_are_what_they_follow(module):
+    agent = module.Agent(OBS_DIM, 2, module.Args(), torch.device("cpu"))
+    copies = {"qf1_target": "qf1", "qf2_target": "qf2"} | ({"slow_policy": "policy"} if module is smfp else {})
+    for name, followed in copies.items():
+        pairs = zip(getattr(agent, name).parameters(), getattr(agent, followed).parameters(), strict=True)
+        assert all(p is not q and torch.equal(p, q) for p, q in pairs)
+    assert not torch.equal(next(agent.qf1.parameters()), next(agent.qf2.parameters()))
+
+
+# SAC
+
+
+def sac_policy(actor, obs):
+    h = torch.relu(linear(actor.net[2], torch.relu(linear(actor.net[0], obs))))
+    return linear(actor.mean, h), bounded_std(linear(actor.log_std, h))
+
+
+def sac_q(qf, obs, actions):
+    h = torch.relu(linear(qf.net[0], torch.cat([obs, actions], -1)))
+    return linear(qf.net[4], torch.relu(linear(qf.net[2], h)))[:, 0]
+
+
+def sac_reference(before, after, batch):
+    obs, actions, rewards, terminations, next_obs = batch
+    args, alpha = before.args, before.log_alpha.detach().exp()
+
+    def act(obs):
+        mean, std = sac_policy(before.actor, obs)
+        y = mean + std * torch.randn_like(mean)
+        return torch.tanh(y), Normal(mean, std).log_prob(y).sum(-1) - log_det(y)
+
+    a, log_prob = act(next_obs)
+    next_q = torch.minimum(sac_q(before.qf1_target, next_obs, a), sac_q(before.qf2_target, next_obs, a))
+    target = rewards + args.gamma * (1 - terminations) * (next_q - alpha * log_prob)
+    q1, q2 = sac_q(before.qf1, obs, actions), sac_q(before.qf2, obs, actions)
+    loss1, loss2 = (((q - target.detach()) ** 2).mean() for q in (q1, q2))
+
+    a, log_prob = act(obs)
+    actor_loss = (alpha * log_prob - torch.minimum(sac_q(after.qf1, obs, a), sac_q(after.qf2, obs, a))).mean()
+    gradients = {
+        "q_optimizer": gradient(loss1 + loss2, before.q_parameters),
+        "actor_optimizer": gradient(actor_loss, before.actor.parameters()),
+    }
+    entropy = -log_prob.mean()
+    metrics = {"losses/actor_loss": actor_loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
+    if args.autotune:
+        metrics["losses/alpha_loss"] = alpha * (entropy + a.shape[-1]).detach()
+        gradients["alpha_optimizer"] = [metrics["losses/alpha_loss"]]  # its derivative by log alpha, too
+    return gradients, critic_metrics(q1, q2, loss1, loss2) | metrics
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"autotune": False}, {"gamma": 0.8, "tau": 0.3, "alpha": 0.2, "policy_lr": 0.01, "q_lr": 0.02}]
+)
+def test_sac(flags):
+    agent = new_agent(sac, 2, flags)
+    rates = {
+        "q_optimizer": agent.args.q_lr,
+        "actor_optimizer": agent.args.policy_lr,
+        "alpha_optimizer": agent.args.q_lr,
+    }
+    slow = {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    check_updates(agent, 2, sac_reference, rates, slow)
+
+
+def test_sac_acts_by_its_mean_in_evaluation():
+    agent, obs = new_agent(sac, 2, {}), torch.randn(5, OBS_DIM)
+    mean, std = sac_policy(agent.actor, obs)
+    torch.testing.assert_close(agent.eval_actions(obs), torch.tanh(mean))
+    torch.manual_seed(1)
+    actions = agent.sample_actions(obs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(actions, torch.tanh(mean + std * torch.randn(5, 2)))
+    assert agent.target_entropy == -2
+
+
+# SMFP
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def smfp_flow(policy, obs, x, r, t):
+    """u and sigma, (..., d), at x (..., d); r and t are numbers or (..., 1)."""
+    r, t = (torch.as_tensor(time).expand(*x.shape[:-1], 1) for time in (r, t))
+    h = silu(linear(policy.first, torch.cat([obs.expand(*x.shape[:-1], -1), x, r, t], -1)))
+    h = silu(linear(policy.second, h))
+    return linear(policy.velocity, h), bounded_std(linear(policy.log_std, h))
+
+
+def smfp_gaussian(policy, obs, e):
+    u, std = smfp_flow(policy, obs, e, 0.0, 1.0)
+    return e - u, std
+
+
+def smfp_log_prob(y, mean, std):
+    """log pi_M (B, N) of tanh(y), y (B, N, d), under components (B, M, d): one component after the other."""
+    densities = [Normal(mean[:, [j]], std[:, [j]]).log_prob(y).sum(-1).exp() for j in range(mean.shape[1])]
+    return torch.log(sum(densities) / len(densities)) - log_det(y)
+
+
+def renorm(layer, x, statistics):
+    """Batch renormalisation as CrossQ has it; `statistics` collects what the running ones become, None: evaluation."""
+    mean, var = layer.running_mean, layer.running_var
+    if statistics is None:
+        return (x - mean) / (var + 1e-3).sqrt() * layer.weight + layer.bias
+    batch_mean = x.mean(0)
+    batch_var = ((x - batch_mean) ** 2).mean(0)
+    r, d = 1.0, 0.0
+    if layer.num_batches >= 100_000:
+        r = ((batch_var + 1e-3) / (var + 1e-3)).sqrt().clamp(1 / 3, 3).detach()
+        d = ((batch_mean - mean) / (var + 1e-3).sqrt()).clamp(-5, 5).detach()
+    statistics.append((0.99 * mean + 0.01 * batch_mean, 0.99 * var + 0.01 * batch_var, layer.num_batches + 1))
+    return ((x - batch_mean) / (batch_var + 1e-3).sqrt() * r + d) * layer.weight + layer.bias
+
+
+def smfp_q(qf, obs, actions, statistics=None):
+    norm = renorm if isinstance(qf.norm_obs, smfp.BatchRenorm) else lambda layer, x, statistics: x
+    obs = obs.expand(*actions.shape[:-1], -1)
+    x = torch.cat([norm(qf.norm_obs, obs, statistics), norm(qf.norm_actions, actions, statistics)], -1)
+    x = norm(qf.rest[1], torch.relu(linear(qf.first, x)), statistics)
+    x = norm(qf.rest[4], torch.relu(linear(qf.rest[2], x)), statistics)
+    return linear(qf.rest[5], x)[..., 0]
+
+
+def smfp_reference(before, after, batch):
+    obs, actions, rewards, terminations, next_obs = batch
+    args, alpha = before.args, before.log_alpha.detach().exp()
+    size, m, d = len(obs), args.latents, actions.shape[-1]
+    crossq = args.critic == "crossq"
+
+    def smaller(qf1, qf2, obs, actions):
+        return torch.minimum(smfp_q(qf1, obs, actions), smfp_q(qf2, obs, actions))
+
+    mean, std = smfp_gaussian(before.policy, next_obs[:, None], torch.randn(size, m, d))
+    y = mean + std * torch.randn(size, m, d)
+    targets = (before.qf1, before.qf2) if crossq else (before.qf1_target, before.qf2_target)
+    candidates = [smaller(*targets, next_obs, torch.tanh(y[:, k])) for k in range(args.target_candidates)]
+    y = y[torch.arange(size), torch.stack(candidates).argmax(0)]
+    a, log_prob = torch.tanh(y), smfp_log_prob(y[:, None], mean, std)[:, 0]
+    if crossq:
+        qs, next_qs = [], []
+        for name in ("qf1", "qf2"):
+            statistics = []
+            both = smfp_q(getattr(before, name), torch.cat([obs, next_obs]), torch.cat([actions, a]), statistics)
+            qs.append(both[:size]), next_qs.append(both[size:])
+            layers = [layer for layer in getattr(after, name).modules() if isinstance(layer, smfp.BatchRenorm)]
+            for layer, expected in zip(layers, statistics, strict=True):
+                for found, value in zip(
+                    (layer.running_mean, layer.running_var, layer.num_batches), expected, strict=True
+                ):
+                    torch.testing.assert_close(found, value)
+    else:
+        qs = [smfp_q(qf, obs, actions) for qf in (before.qf1, before.qf2)]
+        next_qs = [smfp_q(qf, next_obs, a) for qf in targets]
+    target = rewards + args.gamma * (1 - terminations) * (torch.minimum(*next_qs) - alpha * log_prob)
+    losses = [((q - target.detach()) ** 2).mean() for q in qs]
+
+    e = torch.randn(size, m, d)
+    mean, std = smfp_gaussian(before.policy, obs[:, None], e)
+    y = mean + std * torch.randn(size, m, d)
+    mean_k, std_k = (x.detach() for x in smfp_gaussian(before.slow_policy, obs[:, None], e))
+    y_k = mean_k + std_k * torch.randn(size, m, d)
+    entropy = -smfp_log_prob(y, mean, std).mean()
+    q = torch.stack([smaller(after.qf1, after.qf2, obs, torch.tanh(y[:, k])) for k in range(m)], 1)
+    actor_loss = -alpha * entropy - q.mean()
+    kl = kl_divergence(Normal(mean, std), Normal(mean_k, std_k)).sum(-1).mean()
+    loss = actor_loss + args.kl_coef * alpha * kl
+    metrics = {"losses/actor_loss": actor_loss, "losses/kl": kl, "losses/alpha": alpha}
+    if args.meanflow_coef > 0:
+        weights = torch.ones(size, m) / m
+        if args.mirror_descent_weights:
+            q_k = torch.stack([smaller(after.qf1, after.qf2, obs, torch.tanh(y_k[:, k])) for k in range(m)], 1)
+            weights = torch.exp(
+                (q_k - alpha * smfp_log_prob(y_k, mean_k, std_k)) / (alpha * (1 + args.kl_coef))
+            ).detach()
+            weights = weights / weights.sum(1, keepdim=True)
+        race = weights / torch.empty(size, m).exponential_()
+        y_0, eps = y_k[torch.arange(size), race.argmax(1)], torch.randn(size, d)
+        times, n = torch.rand(2, size, 1), int(size * args.data_proportion)
+        t, r = times.max(0).values, times.min(0).values
+        r[:n] = t[:n]
+        x, v = (1 - t) * y_0 + t * eps, eps - y_0
+        du = slope(lambda h: smfp_flow(before.policy, obs, x + h * v, r, t + h)[0])
+        goal = (v - (t - r) * du).detach()
+        regression = ((smfp_flow(before.policy, obs, x, r, t)[0] - goal) ** 2).sum(-1).mean()
+        loss = loss + args.meanflow_coef * alpha * regression
+        metrics |= {"losses/meanflow_loss": regression, "diagnostics/ess": (1 / (weights**2).sum(1)).mean()}
+    new_mean, new_std = smfp_gaussian(after.policy, obs, e[:, 0])
+    kl_of_update = kl_divergence(Normal(new_mean, new_std), Normal(mean[:, 0], std[:, 0])).sum(-1).mean()
+    metrics |= {"diagnostics/kl_of_update": kl_of_update, "diagnostics/entropy": entropy}
+    metrics |= {"diagnostics/sigma": std.mean()}
+    gradients = {
+        "q_optimizer": gradient(losses[0] + losses[1], before.q_parameters),
+        "policy_optimizer": gradient(loss, before.policy.parameters()),
+    }
+    if args.autotune:
+        metrics["losses/alpha_loss"] = alpha * (entropy + d).detach()
+        gradients["alpha_optimizer"] = [metrics["losses/alpha_loss"]]  # its derivative by log alpha, too
+    return gradients, critic_metrics(*qs, *losses) | metrics
+
+
+SMFP_FLAGS = [
+    {},
+    {"latents": 1, "target_candidates": 1},
+    {"latents": 4, "target_candidates": 3, "kl_coef": 0.7, "meanflow_coef": 2.5, "data_proportion": 0.25},
+    {"tau": 0.1, "policy_tau": 0.2, "gamma": 0.9, "policy_lr": 0.01, "q_lr": 0.02, "data_proportion": 0.0},
+    {"kl_coef": 0.0, "meanflow_coef": 0.0, "autotune": False},
+    {"mirror_descent_weights": False, "data_proportion": 1.0},
+    {"critic": "crossq", "critic_width": 32, "target_candidates": 2},
+]
+
+
+@pytest.mark.parametrize("flags", SMFP_FLAGS)
+def test_smfp(flags):
+    agent = new_agent(smfp, 2, {"alpha": 0.3} | flags)
+    layers = [layer for layer in agent.modules() if isinstance(layer, smfp.BatchRenorm)]
+    for layer in layers:
+        layer.running_mean.normal_(0, 0.5), layer.running_var.uniform_(0.02, 3)
+        layer.num_batches.fill_(99_999)  # one batch that is not renormalised, one that is
+    rates = {"q_optimizer": agent.args.q_lr, "policy_optimizer": agent.args.policy_lr}
+    rates["alpha_optimizer"] = agent.args.q_lr
+    slow = {"slow_policy": ("policy", agent.args.policy_tau)}
+    if not layers:
+        slow |= {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    check_updates(agent, 2, smfp_reference, rates, slow)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_smfp_acts_by_the_best_of_its_candidates(candidates):
+    agent, obs = new_agent(smfp, 2, {"behavior_candidates": candidates, "eval_candidates": 7}), torch.randn(5, OBS_DIM)
+    for act, k in ((agent.sample_actions, candidates), (agent.eval_actions, 7)):
+        torch.manual_seed(1)
+        actions = act(obs)
+        torch.manual_seed(1)
+        mean, std = smfp_gaussian(agent.policy, obs[:, None], torch.randn(5, k, 2))
+        a = torch.tanh(mean + std * torch.randn(5, k, 2))
+        q = [torch.minimum(smfp_q(agent.qf1_target, obs, b), smfp_q(agent.qf2_target, obs, b)) for b in a.unbind(1)]
+        torch.testing.assert_close(actions, a[torch.arange(5), torch.stack(q).argmax(0)])
+    assert agent.target_entropy == -2
+
+
+# MFPO
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def mlp(net, x):
+    x = linear(net.first, x)
+    for norm, following in ((0, 2), (3, 5), (6, 8)):
+        layer = net.rest[norm]
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+        x = linear(net.rest[following], gelu(x * layer.weight + layer.bias))
+    return x
+
+
+def embed(embedding, t):
+    phase = 2 * math.pi * t * embedding.frequencies
+    hidden = gelu(linear(embedding.mlp[0], torch.cat([torch.cos(phase), torch.sin(phase)], -1)))
+    return linear(embedding.mlp[2], hidden)
+
+
+def mfpo_flow(net, obs, x, r, t):
+    """u or delta at x (B, d); r and t are numbers or (B, 1)."""
+    r, t = (torch.as_tensor(time).expand(len(x), 1) for time in (r, t))
+    return mlp(net.mlp, torch.cat([obs, embed(net.embed_t, t) + embed(net.embed_interval, t - r), x], -1))
+
+
+def mfpo_sample(agent, obs, x):
+    """An action for each noise (B, d), before clipping, and log pi (B,)."""
+    steps, log_prob = agent.args.sampling_steps, Normal(0.0, 1.0).log_prob(x).sum(-1)
+    for i in range(steps):
+        t = 1 - i / steps
+        r = t - 1 / steps if agent.args.meanflow else t
+        log_prob = log_prob + mfpo_flow(agent.divergence, obs, x, r, t)[:, 0] / steps
+        x = x - mfpo_flow(agent.actor, obs, x, r, t) / steps
+    return x.detach(), log_prob.detach()
+
+
+def mfpo_times(args):
+    if args.time_distribution == "logit_normal":
+        times = torch.sigmoid(-0.4 + torch.randn(2, BATCH_SIZE, 1))
+    else:
+        times = torch.rand(2, BATCH_SIZE, 1).clamp(0.001, 0.999)
+    t, r = times.max(0).values, times.min(0).values
+    n = int(BATCH_SIZE * args.data_proportion) if args.meanflow else BATCH_SIZE
+    r[:n] = t[:n]
+    return t, r
+
+
+def mfpo_regression(net, obs, x, r, t, velocity, instantaneous):
+    slopes = slope(lambda h: mfpo_flow(net, obs, x + h * velocity, r, t + h))
+    goal = (instantaneous - (t - r) * slopes).detach()
+    return ((mfpo_flow(net, obs, x, r, t) - goal) ** 2).sum(-1).mean()
+
+
+def importance_estimate(log_weights, actions, x, t):
+    """Velocity (B, d) and effective sample size (B, 1) from lists of log-weights (B,) and actions (B, d)."""
+    weights = [torch.exp(w)[:, None] for w in log_weights]
+    total = sum(weights)
+    velocity = sum(w / total * (x - a) / t for w, a in zip(weights, actions, strict=True))
+    return velocity, 1 / sum((w / total) ** 2 for w in weights)
+
+
+def mfpo_reference(before, after, batch):
+    obs, actions, rewards, terminations, next_obs = batch
+    args, alpha, d = before.args, before.log_alpha.detach().exp(), actions.shape[-1]
+    z = torch.linspace(args.v_min, args.v_max, args.num_atoms)
+
+    def critic_probs(qf, obs, actions):
+        return torch.softmax(mlp(qf, torch.cat([obs, actions], -1)), -1)
+
+    def q_value(obs, actions):
+        q1, q2 = (critic_probs(qf, obs, actions) @ z for qf in (after.qf1, after.qf2))
+        return torch.minimum(q1, q2).detach() if args.clipped_double_q else (q1 + q2).detach() / 2
+
+    a, log_prob = mfpo_sample(before, next_obs, torch.randn(BATCH_SIZE, d))
+    soft = z - alpha * log_prob[:, None]
+    places = (rewards[:, None] + args.gamma * (1 - terminations[:, None]) * soft).clamp(args.v_min, args.v_max)
+    hats = (1 - (places[:, :, None] - z).abs() / (z[1] - z[0])).clamp(min=0)  # (B, from, to)
+    p1, p2 = (
+        (critic_probs(qf, next_obs, a.clamp(-1, 1))[:, :, None] * hats).sum(1).detach()
+        for qf in (before.qf1_target, before.qf2_target)
+    )
+    target = (p1 + p2) / 2
+    if args.clipped_double_q:
+        target = torch.stack([p if p @ z < q @ z else q for p, q in zip(p1, p2, strict=True)])
+    probs = [critic_probs(qf, obs, actions) for qf in (before.qf1, before.qf2)]
+    losses = [-(target * torch.log(p)).sum(-1).mean() for p in probs]
+    gradients = {"q_optimizer": gradient(losses[0] + losses[1], before.q_parameters)}
+    metrics = critic_metrics(*(p @ z for p in probs), *losses)
+    stds = [((p @ z**2) - (p @ z) ** 2).sqrt().mean() for p in probs]
+    metrics |= {"diagnostics/q_std": sum(stds) / 2, "diagnostics/edge_mass": sum(p[:, [0, -1]].sum() for p in probs)}
+    metrics["diagnostics/edge_mass"] /= 2 * BATCH_SIZE
+
+    t, r = mfpo_times(args)
+    noise, eps = torch.randn(BATCH_SIZE, args.policy_proposals, d), torch.randn(BATCH_SIZE, d)
+    uniform = torch.rand(BATCH_SIZE, args.gaussian_proposals, d)
+    samples = [mfpo_sample(before, obs, noise[:, k]) for k in range(args.policy_proposals)]
+    from_policy, log_probs = [a.clamp(-1, 1) for a, _ in samples], [log_prob for _, log_prob in samples]
+    x = (1 - t) * from_policy[0] + t * eps
+    log_weights = [
+        q_value(obs, a) / alpha + Normal((1 - t) * a, t).log_prob(x).sum(-1) - log_prob
+        for a, log_prob in zip(from_policy, log_probs, strict=True)
+    ]
+    v_policy, ess_policy = importance_estimate(log_weights, from_policy, x, t)
+    mean, std = x / (1 - t), t / (1 - t)
+    from_gaussian = []
+    for k in range(args.gaussian_proposals):
+        u = torch.where(mean < 0, 1 - uniform[:, k], uniform[:, k])  # the inverse is taken of the lower tail
+        box = ((-1 - mean) / std).numpy(), ((1 - mean) / std).numpy()
+        a = scipy.stats.truncnorm(*box, mean.numpy(), std.expand_as(mean).numpy()).ppf(u.numpy())
+        from_gaussian.append(torch.from_numpy(a).float().double())
+    log_weights = [q_value(obs, a) / alpha for a in from_gaussian]
+    v_gaussian, ess_gaussian = importance_estimate(log_weights, from_gaussian, x, t)
+    both = ess_policy / (ess_policy + ess_gaussian)
+    share = {"both": both, "policy": torch.ones(BATCH_SIZE, 1), "gaussian": torch.zeros(BATCH_SIZE, 1)}[args.proposals]
+    velocity = share * v_policy + (1 - share) * v_gaussian
+    actor_loss = mfpo_regression(before.actor, obs, x, r, t, velocity, velocity)
+    gradients["actor_optimizer"] = gradient(actor_loss, before.actor.parameters())
+    entropy = -torch.stack(log_probs).mean()
+    metrics |= {
+        "losses/actor_loss": actor_loss,
+        "losses/alpha": alpha,
+        "diagnostics/ess_policy": ess_policy.mean(),
+        "diagnostics/ess_gaussian": ess_gaussian.mean(),
+        "diagnostics/policy_proposal_weight": share.mean(),
+        "diagnostics/clipped_fraction": (samples[0][0].abs() >= 1).double().mean(),
+        "diagnostics/entropy": entropy,
+    }
+
+    t, r = mfpo_times(args)
+    x = (1 - t) * from_policy[0] + t * torch.randn(BATCH_SIZE, d)
+    velocity = mfpo_flow(after.actor, obs, x, t, t).detach()
+    probes = torch.randn(args.divergence_probes, BATCH_SIZE, d)
+    products = [(e * slope(lambda h, e=e: mfpo_flow(after.actor, obs, x + h * e, t, t))).sum(-1) for e in probes]
+    divergence = (sum(products) / len(products))[:, None]
+    divergence_loss = mfpo_regression(before.divergence, obs, x, r, t, velocity, divergence)
+    gradients["divergence_optimizer"] = gradient(divergence_loss, before.divergence.parameters())
+    metrics["losses/divergence_loss"] = divergence_loss
+    metrics["losses/alpha_loss"] = alpha * (entropy + args.rho * d)
+    gradients["alpha_optimizer"] = [metrics["losses/alpha_loss"]]  # its derivative by log alpha, too
+    return gradients, metrics
+
+
+MFPO_FLAGS = [
+    {},
+    {"clipped_double_q": False, "time_distribution": "uniform", "data_proportion": 0.0},
+    {"sampling_steps": 1, "divergence_probes": 3, "learning_rate": 0.01, "tau": 0.3},
+    {"sampling_steps": 3, "meanflow": False, "proposals": "policy"},
+    {"proposals": "gaussian", "rho": 1.5, "gamma": 0.8, "num_atoms": 5},
+]
+
+
+@pytest.mark.parametrize("flags", MFPO_FLAGS)
+@pytest.mark.parametrize("action_dim", [1, 2])
+def test_mfpo(flags, action_dim):
+    few = {"policy_proposals": 3, "gaussian_proposals": 4, "v_min": -2.0, "v_max": 2.0, "alpha": 0.3}
+    agent = new_agent(mfpo, action_dim, few | flags)
+    names = ("q", "actor", "divergence", "alpha")
+    rates = {f"{name}_optimizer": agent.args.learning_rate for name in names}
+    slow = {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    # The Gaussian's proposals are rounded to float32, and that may go either way.
+    check_updates(agent, action_dim, mfpo_reference, rates, slow, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_mfpo_acts_by_the_best_of_its_candidates(candidates):
+    agent, obs = new_agent(mfpo, 2, {"eval_candidates": candidates}), torch.randn(5, OBS_DIM)
+    for act, k in ((agent.sample_actions, 1), (agent.eval_actions, candidates)):
+        torch.manual_seed(1)
+        actions = act(obs)
+        torch.manual_seed(1)
+        a = [mfpo_sample(agent, obs, x)[0].clamp(-1, 1) for x in torch.randn(5, k, 2).unbind(1)]
+        z = torch.linspace(agent.args.v_min, agent.args.v_max, agent.args.num_atoms)
+        q = [
+            torch.stack(
+                [torch.softmax(mlp(qf, torch.cat([obs, b], -1)), -1) @ z for qf in (agent.qf1_target, agent.qf2_target)]
+            )
+            for b in a
+        ]
+        best = torch.stack([x.min(0).values for x in q]).argmax(0)
+        torch.testing.assert_close(actions, torch.stack(a, 1)[torch.arange(5), best])
