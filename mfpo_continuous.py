@@ -630,8 +630,8 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.to(device)
-        if args.likelihood == "exact" and device.type == "cuda":
-            # For determinants above 16 x 16 PyTorch prefers MAGMA, which waits for the GPU: no CUDA graph records that.
+        if args.likelihood == "exact" and action_dim > 16 and device.type == "cuda":
+            # For determinants of this size PyTorch prefers MAGMA, which waits for the GPU: no CUDA graph records that.
             torch.backends.cuda.preferred_linalg_library("cusolver")
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
@@ -1075,13 +1075,15 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    graphed, kinds = args.cuda_graph and device.type == "cuda", (False, True)
+    # From a buffer on the host, sampling copies, which no graph can record: it is then left out.
+    learn = [CudaGraph(partial(agent.update, with_policy=kind), graphed and not on_gpu) for kind in kinds]
+
     def update(with_policy: bool):
         batch = buffer.sample(args.batch_size, device)
-        return batch, agent.update(*batch, with_policy)
+        return batch, learn[with_policy](*batch)
 
-    graphed = args.cuda_graph and device.type == "cuda"
-    # From a buffer on the host, sampling copies, which no graph can record.
-    updates = [CudaGraph(partial(update, with_policy), graphed and on_gpu) for with_policy in (False, True)]
+    updates = [CudaGraph(partial(update, kind), graphed and on_gpu) for kind in kinds]
     act = CudaGraph(agent.sample_actions, graphed)
     players = {
         "eval": CudaGraph(agent.eval_actions, graphed),

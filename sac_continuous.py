@@ -747,13 +747,15 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    graphed, kinds = args.cuda_graph and device.type == "cuda", (False, True)
+    # From a buffer on the host, sampling copies, which no graph can record: it is then left out.
+    learn = [CudaGraph(partial(agent.update, with_policy=kind), graphed and not on_gpu) for kind in kinds]
+
     def update(with_policy: bool):
         batch = buffer.sample(args.batch_size, device)
-        return batch, agent.update(*batch, with_policy)
+        return batch, learn[with_policy](*batch)
 
-    graphed = args.cuda_graph and device.type == "cuda"
-    # From a buffer on the host, sampling copies, which no graph can record.
-    updates = [CudaGraph(partial(update, with_policy), graphed and on_gpu) for with_policy in (False, True)]
+    updates = [CudaGraph(partial(update, kind), graphed and on_gpu) for kind in kinds]
     act = CudaGraph(agent.sample_actions, graphed)
     players = {
         "eval": CudaGraph(agent.eval_actions, graphed),

@@ -23,8 +23,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def deterministic():
     """As `train` sets it: it changes kernels."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,32 @@ def test_a_host_read_would_be_noticed():
         x + torch.tensor(1.0)
     with pytest.raises(RuntimeError):
         x.sum().item()
+
+
+@pytest.mark.parametrize(("script", "options"), CASES)
+def test_an_update_leaves_no_part_of_its_autograd_graph_behind(script, options):
+    """What it left would tie the parameters to the stream of that update, and the next could not be recorded.
+
+    An AccumulateGrad node is made anew for a parameter when nothing holds the one before.
+    """
+    module = importlib.import_module(script)
+    agent = module.Agent(11, 3, module.Args(**options), torch.device("cpu"))
+    learning = {p for optimizer in module.optimizers(agent).values() for p in optimizer.param_groups[0]["params"]}
+    marks = lambda: [p.view_as(p).grad_fn.next_functions[0][0].metadata for p in learning]  # noqa: E731
+    backward = torch.Tensor.backward
+
+    def marking(loss, **options):
+        for mark in marks():
+            mark["seen"] = True
+        backward(loss, **options)
+
+    obs, next_obs = torch.randn(2, 8, 11)
+    batch = obs, torch.rand(8, 3), torch.zeros(8), torch.zeros(8), next_obs
+    for with_policy in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "backward", marking)
+            metrics = agent.update(*batch, with_policy)
+        assert metrics and not any(mark.get("seen") for mark in marks())
 
 
 @needs_cuda
@@ -140,3 +168,23 @@ def test_replays_draw_fresh_noise_and_obey_the_seed():
         again.append(draw(zeros).clone())
     assert torch.equal(*again)
     assert torch.equal(draw(zeros + 5) > 0, torch.ones(1000, dtype=torch.bool, device="cuda"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("place", ["GPU", "host"])
+@pytest.mark.parametrize("script", ["sac_continuous", "mfpo_continuous", "smfp_continuous"])
+def test_a_run_records_acts_evaluates_and_is_resumed(script, place, tmp_path, monkeypatch, capsys):
+    """With updates of both kinds, and the replay buffer where there is room for it."""
+    module = importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    if place == "host":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    line = ["--env-id", "Pendulum-v1", "--total-timesteps", "120", "--learning-starts", "40", "--batch-size", "8"]
+    line += ["--policy-frequency", "2", "--eval-frequency", "30", "--eval-episodes", "2"]
+    module.train(module.parse_args(line))
+    (run,) = (tmp_path / "runs").iterdir()
+    module.train(module.parse_args(["--resume", str(run), "--total-timesteps", "240"]))
+    assert capsys.readouterr().out.count(f"GiB of the {place}'s memory") == 2
+    saved = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
+    assert saved["global_step"] == 240 and saved["num_updates"] == 200
+    assert all(value.isfinite().all() for value in saved["agent"].values())

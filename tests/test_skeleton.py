@@ -170,9 +170,9 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
         actor = agent.policy if script == "smfp_continuous" else agent.actor
         return torch.cat([x.detach().flatten() for x in (*actor.parameters(), agent.log_alpha)])
 
-    def update(agent, *batch):
+    def update(agent, *batch, with_policy):
         before = weights(agent).clone()
-        metrics = real(agent, *batch)
+        metrics = real(agent, *batch, with_policy)
         seen.append(not torch.equal(weights(agent), before))
         return metrics
 
@@ -184,6 +184,7 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
         "learning_starts": 40,
         "batch_size": 4,
         "eval_frequency": 0,
+        "cuda": False,  # a graph's replay calls no Python
     }
     module.train(module.Args(**flags, policy_frequency=3))
     assert seen == [False, False, True] * 3
