@@ -29,7 +29,6 @@ In TensorBoard: eval/episodic_return is the score; diagnostics/entropy should se
 
 import copy
 import ctypes
-import dataclasses
 import difflib
 import math
 import os
@@ -42,7 +41,8 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -142,11 +142,11 @@ class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
 
-def require(args: Args, names: str, holds, what: str) -> None:
-    """Fail at the first of the arguments `names` whose value is not `what`, as `holds` tells."""
+def require(args: Args, names: str, valid, expected: str) -> None:
+    """Fail at the first of the arguments `names` whose value is not `valid`; `expected` says what it must be."""
     for name in names.split():
-        if not holds(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+        if not valid(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {expected}")
 
 
 def check_args(args: Args) -> None:
@@ -158,7 +158,8 @@ def check_args(args: Args) -> None:
     require(args, "exp_name", lambda x: "/" not in x, "without a /")
     require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
     require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
-    require(args, "utd_ratio alpha", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "utd_ratio", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "alpha", lambda x: 1e-30 <= x <= 1e30, "in [1e-30, 1e30]")  # float32's range, with room
     check_algorithm(args)
     for small, large in (
         ("batch_size", "buffer_size"),
@@ -167,16 +168,13 @@ def check_args(args: Args) -> None:
         ("num_envs", "total_timesteps"),
     ):
         if getattr(args, small) > getattr(args, large):
-            flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small)]
-            fail(f"{flags[0]} is below {flags[1]}; raise it")
-    if args.buffer_size < 4 * args.num_envs:
+            lower, higher = (f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small))
+            fail(f"{lower} is below {higher}; raise it")
+    if args.buffer_size < 4 * args.num_envs:  # an episode's end and a checkpoint together skip three rows
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
-        if getattr(args, flag):
-            try:
-                __import__(package)
-            except ImportError:
-                fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+        if getattr(args, flag) and not find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
 class CheckedEnv(gym.Wrapper):
@@ -221,7 +219,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+    if not actions.is_bounded():
         fail(f"--env-id {env_id} has unbounded actions {actions}; wrap it so that they are bounded")
     if isinstance(observations, gym.spaces.Box) and len(observations.shape) == 3:
         fail(f"--env-id {env_id} has image observations {observations.shape}; only vectors are supported")
@@ -238,7 +236,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
 
 
 def check_video(env_id: str) -> None:
-    """Render one frame, so that what `--capture-video` lacks is known before the run."""
+    """Render one frame, so that a missing package or driver shows before the run."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
     try:
@@ -253,10 +251,9 @@ def check_video(env_id: str) -> None:
 class ReplayBuffer:
     """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
 
-    Row p holds the observations at one step and, if they were acted on, the actions, rewards and terminations that
-    followed; row p + 1 holds the next observations. Where the episode of any environment ends, row p + 1 holds the last
-    observations and row p + 2 the next ones' first, so row p + 1 is no start of a transition. `starts` lists the rows
-    that are.
+    A transition that starts at row p has its observations, actions, rewards and terminations there and its next
+    observations in row p + 1. Where the episode of any environment ends, row p + 1 holds the final observations and
+    row p + 2 those to go on from, so no transition starts at row p + 1. `starts` lists the rows where one does.
     """
 
     RINGS = ("observations", "actions", "rewards", "terminations", "starts")
@@ -274,15 +271,6 @@ class ReplayBuffer:
         # Which of them, from and up to, on the device: sampling takes nothing from the host, as a CUDA graph must not.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
 
-    @staticmethod
-    def nbytes(size: int, obs_dim: int, action_dim: int) -> int:
-        """Memory in bytes that `size` transitions take."""
-        return size * (4 * (obs_dim + action_dim + 2) + 8)
-
-    def __len__(self) -> int:
-        """The number of transitions that can be sampled."""
-        return len(self.start_rows) * self.observations.shape[1]
-
     def add(self, obs, actions, rewards, terminations, next_obs, dones) -> None:
         """Append one transition per environment; arrays have `num_envs` rows, `next_obs` is final where `dones`."""
         here, there = self.row % self.rows, (self.row + 1) % self.rows
@@ -297,7 +285,7 @@ class ReplayBuffer:
         self.skip(2 if dones.any() else 1)
 
     def skip(self, rows: int) -> None:
-        """Move on by some rows: `add` does by 1, and where an episode ends by 2, so that nothing leads across."""
+        """Move on by some rows: 1 after a step, 2 where an episode ends, so that no transition leads out of it."""
         self.row += rows
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
@@ -340,11 +328,24 @@ class ReplayBuffer:
         return tuple(x.to(device) for x in batch)
 
 
+def make_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
+    """A replay buffer on `device` if it has room, otherwise on the host; fails where that has none either."""
+    size = args.buffer_size * (4 * (obs_dim + action_dim + 2) + 8)  # bytes: float32, and one int64 in `starts`
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        fits = int(args.buffer_size * memory / size)
+        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
+    fits = device.type == "cpu" or size < 0.8 * torch.cuda.mem_get_info()[0]
+    place = device if fits else torch.device("cpu")
+    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB on {place}")
+    return ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, place)
+
+
 class CudaGraph:
     """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
 
-    Graphs want the same shapes in every call. A replay draws fresh random numbers. What is returned lies where the
-    next replay will write: use it, or copy it, before.
+    The inputs' shapes must be the same in every call. A replay draws fresh random numbers, and overwrites what the
+    one before returned: use or copy that first.
     """
 
     warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
@@ -440,9 +441,10 @@ class Agent(nn.Module):
         self.to(device)
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
-        self.q_optimizer = torch.optim.Adam(self.q_parameters, lr=args.q_lr, fused=True, capturable=True)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True, capturable=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True, capturable=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)
+        self.q_optimizer = adam(self.q_parameters, lr=args.q_lr)
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.q_lr)
 
     @torch.no_grad()
     def sample_actions(self, obs: torch.Tensor) -> torch.Tensor:
@@ -461,7 +463,7 @@ class Agent(nn.Module):
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
             metrics |= self.update_policy(obs, alpha)
-        # Detached: what autograd keeps alive ties the parameters to a stream, and no CUDA graph could be recorded.
+        # Detached: a loss that keeps its autograd graph alive ties the parameters to a stream and prevents CUDA graphs.
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
@@ -518,16 +520,15 @@ class Agent(nn.Module):
 def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
     """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
 
-    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do.
-
-    Training's random state (torch's) is left as it was, and the result depends on the weights and `seed` alone.
+    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do. The
+    result depends on the weights and `seed` alone; torch's random state, which training draws from, is left as it was.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
         while running:
-            # For all environments, also those that are done: a CUDA graph wants one shape.
+            # All environments, finished ones too: a CUDA graph needs one shape.
             actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
             for i in tuple(running):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
@@ -551,12 +552,28 @@ def load_file(path: str | Path, flag: str, **options) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True, **options)
         if saved["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {saved['script']}.py")
-        unknown = saved["args"].keys() ^ dataclasses.asdict(Args()).keys()
+        unknown = saved["args"].keys() ^ vars(Args()).keys()
         if unknown:
             raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
-    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({first_line(error)})")
+    except Exception as error:  # whatever is wrong with the file, the user must replace it
+        fail(f"{flag}: {path} is not a file that {Path(__file__).name} saved ({first_line(error)})")
     return saved
+
+
+def save_file(content: dict, path: Path) -> bool:
+    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
+        temporary.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} was not written ({first_line(error)}); an earlier one is as it was")
+        return False
+    return True
 
 
 def evaluate_saved(args: Args, device: torch.device) -> None:
@@ -576,37 +593,21 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
         env.close()
 
 
-def save_file(content: dict, path: Path) -> bool:
-    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
-        temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
-        return False
-    return True
-
-
 def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
     """The agent's optimisers by name."""
     return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
 
 
 def derive_seed(*key: int) -> int:
-    """A seed for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
+    """A seed below 2^31 for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
 def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
     """Seed every random generator and begin new episodes; returns their first observations.
 
-    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are, on
-    a CPU, the same bit for bit, whatever generators an environment keeps.
+    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
+    same, on a CPU bit for bit, whatever generators an environment keeps.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -616,7 +617,7 @@ def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
 
 
 def parse_args(line: list[str] | None = None) -> Args:
-    """The command line; with `--resume`, what it does not name is as in the run that goes on."""
+    """Parse the command line; with `--resume`, the defaults are the arguments of the run that goes on."""
     args = tyro.cli(Args, args=line)
     if args.resume is None:
         return args
@@ -632,9 +633,9 @@ def parse_args(line: list[str] | None = None) -> Args:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed temporaries, which it otherwise returns, to be zeroed anew page by page.
+    """Make glibc keep freed memory, which it otherwise returns: the system zeroes each page that comes back.
 
-    On one thread an update of MFPO or SMFP then takes about a fifth less time, one of SAC as much as before.
+    An update of MFPO or SMFP then takes about a fifth less time on one thread, one of SAC as much as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:
@@ -652,27 +653,16 @@ def train(args: Args) -> None:
     if args.capture_video:
         check_video(args.env_id)
 
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-    obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    agent = Agent(obs_dim, action_dim, args, device)
 
-    size = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        fits = int(args.buffer_size * memory / size)
-        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
-    on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
-    place = "GPU" if on_gpu else "host"
-    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB of the {place}'s memory")
-    buffer_device = device if on_gpu else torch.device("cpu")
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
+    envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode="SameStep")
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs = restart(args.seed, envs)
+    agent = Agent(obs_dim, action_dim, args, device)
+    buffer = make_buffer(args, obs_dim, action_dim, device)
 
     start_step, num_updates, metrics = 0, 0, {}
     if args.resume:
@@ -686,7 +676,7 @@ def train(args: Args) -> None:
             start_step, num_updates = saved["global_step"], saved["num_updates"]
             metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({first_line(error)})")
         del saved  # the replay buffer is in it
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
     else:
@@ -721,13 +711,10 @@ def train(args: Args) -> None:
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     # When TensorBoard's thread dies of a full disk, our next call to it says so.
     threading.excepthook = lambda hook: hook.exc_type is OSError or threading.__excepthook__(hook)
-    warned = set()
 
+    @cache  # says it once
     def warn(message: str) -> None:
-        """Say it once."""
-        if message not in warned:
-            warned.add(message)
-            tqdm.write(f"warning: {message}")
+        tqdm.write(f"warning: {message}")
 
     def log(scalars: dict[str, float], step: int) -> None:
         try:
@@ -747,23 +734,23 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    graphed, kinds = args.cuda_graph and device.type == "cuda", (False, True)
+    graphed = args.cuda_graph and device.type == "cuda"
     # From a buffer on the host, sampling copies, which no graph can record: it is then left out.
-    learn = [CudaGraph(partial(agent.update, with_policy=kind), graphed and not on_gpu) for kind in kinds]
+    with_sampling = graphed and buffer.observations.is_cuda
+    learn = {x: CudaGraph(partial(agent.update, with_policy=x), graphed and not with_sampling) for x in (False, True)}
 
     def update(with_policy: bool):
         batch = buffer.sample(args.batch_size, device)
         return batch, learn[with_policy](*batch)
 
-    updates = [CudaGraph(partial(update, kind), graphed and on_gpu) for kind in kinds]
+    updates = {x: CudaGraph(partial(update, x), with_sampling) for x in (False, True)}
     act = CudaGraph(agent.sample_actions, graphed)
-    players = {
-        "eval": CudaGraph(agent.eval_actions, graphed),
-        "eval_exploring": CudaGraph(agent.sample_actions, graphed),
-    }
+    policies = {"eval": agent.eval_actions, "eval_exploring": agent.sample_actions}
+    players = {tag: CudaGraph(policy, graphed) for tag, policy in policies.items()}  # of `eval_episodes` rows
 
-    batch, restart_step, ending = None, start_step, None
+    restart_step = start_step  # when all environments began new episodes together
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
+    batch = ending = None
     start_time, last_return = time.time(), math.nan
     progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
@@ -777,7 +764,8 @@ def train(args: Args) -> None:
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 num_updates += 1
-                batch, losses = updates[num_updates % args.policy_frequency == 0]()
+                with_policy = num_updates % args.policy_frequency == 0
+                batch, losses = updates[with_policy]()
                 metrics |= losses
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -791,26 +779,21 @@ def train(args: Args) -> None:
             buffer.add(obs, actions, rewards, terminations, final_obs, dones)
             progress.update(args.num_envs)
 
-            # A checkpoint begins new episodes, so one that is due waits for the end of the running ones; not for ever.
-            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
-            save_now = 0 < every <= since and (dones.all() or since >= 2 * every)
-            stopping = len(signals) > 0  # a signal that comes later than here is for the next step
-            save_now |= global_step == last_step or stopping
             if metrics:  # looked at in every step, to stop where a fault arises; the next action waits for them anyway
                 scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
-            if metrics and due(global_step, args.log_frequency, args.num_envs):
-                sps = (global_step - start_step) / (time.time() - start_time)
-                log(scalars | {"charts/SPS": sps}, global_step)
-                progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
-                for message in agent.warnings(scalars, num_updates):
-                    warn(message)
-            if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's is left as it is
-                    torch.manual_seed(derive_seed(args.seed, global_step, 2))
-                    log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
+                if due(global_step, args.log_frequency, args.num_envs):
+                    sps = (global_step - start_step) / (time.time() - start_time)
+                    log(scalars | {"charts/SPS": sps}, global_step)
+                    progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
+                    for message in agent.warnings(scalars, num_updates):
+                        warn(message)
+                if due(global_step, args.diagnostics_frequency, args.num_envs):
+                    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's stays as it is
+                        torch.manual_seed(derive_seed(args.seed, global_step, 2))
+                        log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
                 for tag, play in players.items():
                     returns = evaluate(play, eval_envs, derive_seed(args.seed, global_step, 0), device)
@@ -818,10 +801,14 @@ def train(args: Args) -> None:
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
             obs = next_obs
-            if save_now:
+
+            # A checkpoint begins new episodes, so it waits for the running ones to end, but at most as long again.
+            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
+            checkpoint_due = 0 < every <= since and (dones.all() or since >= 2 * every)
+            if checkpoint_due or signals or global_step == last_step:
                 if not all(x.isfinite().all() for x in agent.state_dict().values()):
                     raise FloatingPointError("a network's weight is not finite")
-                buffer.skip(1)
+                buffer.skip(1)  # the next row begins an episode
                 saved = {
                     "script": Path(__file__).stem,
                     "args": vars(args) | {"resume": None},
@@ -837,9 +824,9 @@ def train(args: Args) -> None:
                 del saved["buffer"]  # a copy of all that is in it
                 restart_step = global_step
                 obs = restart(derive_seed(args.seed, global_step, 1), envs)
-            if stopping and global_step < last_step:
-                ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
-                break
+                if signals and global_step < last_step:
+                    ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
+                    break
     except (EnvError, FloatingPointError) as error:
         evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
         save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")

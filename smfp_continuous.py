@@ -28,19 +28,18 @@ is our construction: the Gaussian head, the M-latent bound, the three terms. K_b
     descent   maximise E[Q] + alpha H(pi) - lambda KL(pi || pi_k), pi_k a slow copy of pi; the solution is
               pi_{k+1} = pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z
     actor     minimise  E[alpha log pi_M - min_i Q_i] + lambda E_e KL(N(m, sigma^2) || N(m_k, sigma_k^2))
-              + c alpha (MeanFlow regression of u towards pi_{k+1})
+              + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' the slow copies
     alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
 
 In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma means that the
-policy is nearly a Gaussian (above it, there need not be several modes: at first m is about e). The entropy bound is
-loose by at least diagnostics/entropy_gap. losses/kl is how far the policy is from its slow copy,
-diagnostics/kl_of_update how far one update moves it (both the bound above).
+policy is nearly a Gaussian (the reverse does not hold: a new policy has m = e, and one mode). The entropy bound is
+loose by at least diagnostics/entropy_gap. losses/actor_loss is the first of the actor's three terms. losses/kl is how
+far the policy is from its slow copy, diagnostics/kl_of_update how far one update moves it (both the bound above).
 """
 
 import copy
 import ctypes
-import dataclasses
 import difflib
 import math
 import os
@@ -53,7 +52,8 @@ import warnings
 import zipfile
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +141,7 @@ class Args:
     latents: int = 5
     """M, latents per state: samples, components in the density of each, and proposals that the regression weights; 1
     rewards sigma alone and leaves nothing to weight (measured: on four goals 16 does better than 5 and 5 than 1, on
-    HalfCheetah 1 learns last; 16 is three times the work of 5)"""
+    HalfCheetah 1 learns last; 16 is two to three times the work of 5)"""
     kl_coef: float = 0.1
     """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent
     (measured: on four goals 0 and 1 come nearer to the optimum than 0.1, but 0 keeps the goals less in balance; MuJoCo
@@ -160,7 +160,8 @@ class Args:
     """K_b, exploration plays the best of this many actions by the target critics; 1 turns it off (paper: above 1;
     measured with K_t: it sharpens four goals, MuJoCo did not decide)"""
     target_candidates: int = 1
-    """K_t, the TD target takes the best by Q of this many of the M actions; 1 turns it off (paper: K_b / 2)"""
+    """K_t, the TD target takes the best, by the target critics, of this many of the M actions; 1 turns it off (paper:
+    K_b / 2)"""
     eval_candidates: int = 10
     """evaluation plays the best of this many actions by the target critics; 1 plays a plain sample (as in MFPO)"""
     critic: Literal["sac", "crossq"] = "sac"
@@ -187,11 +188,11 @@ class EnvError(Exception):
     """An environment raised, or returned what cannot be trained on."""
 
 
-def require(args: Args, names: str, holds, what: str) -> None:
-    """Fail at the first of the arguments `names` whose value is not `what`, as `holds` tells."""
+def require(args: Args, names: str, valid, expected: str) -> None:
+    """Fail at the first of the arguments `names` whose value is not `valid`; `expected` says what it must be."""
     for name in names.split():
-        if not holds(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {what}")
+        if not valid(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {expected}")
 
 
 def check_args(args: Args) -> None:
@@ -203,7 +204,8 @@ def check_args(args: Args) -> None:
     require(args, "exp_name", lambda x: "/" not in x, "without a /")
     require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
     require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
-    require(args, "utd_ratio alpha", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "utd_ratio", lambda x: 0 < x < math.inf, "positive and finite")
+    require(args, "alpha", lambda x: 1e-30 <= x <= 1e30, "in [1e-30, 1e30]")  # float32's range, with room
     check_algorithm(args)
     for small, large in (
         ("batch_size", "buffer_size"),
@@ -212,16 +214,13 @@ def check_args(args: Args) -> None:
         ("num_envs", "total_timesteps"),
     ):
         if getattr(args, small) > getattr(args, large):
-            flags = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small)]
-            fail(f"{flags[0]} is below {flags[1]}; raise it")
-    if args.buffer_size < 4 * args.num_envs:
+            lower, higher = (f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small))
+            fail(f"{lower} is below {higher}; raise it")
+    if args.buffer_size < 4 * args.num_envs:  # an episode's end and a checkpoint together skip three rows
         fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
-        if getattr(args, flag):
-            try:
-                __import__(package)
-            except ImportError:
-                fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+        if getattr(args, flag) and not find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
 
 
 class CheckedEnv(gym.Wrapper):
@@ -266,7 +265,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
+    if not actions.is_bounded():
         fail(f"--env-id {env_id} has unbounded actions {actions}; wrap it so that they are bounded")
     if isinstance(observations, gym.spaces.Box) and len(observations.shape) == 3:
         fail(f"--env-id {env_id} has image observations {observations.shape}; only vectors are supported")
@@ -283,7 +282,7 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
 
 
 def check_video(env_id: str) -> None:
-    """Render one frame, so that what `--capture-video` lacks is known before the run."""
+    """Render one frame, so that a missing package or driver shows before the run."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
     try:
@@ -298,10 +297,9 @@ def check_video(env_id: str) -> None:
 class ReplayBuffer:
     """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
 
-    Row p holds the observations at one step and, if they were acted on, the actions, rewards and terminations that
-    followed; row p + 1 holds the next observations. Where the episode of any environment ends, row p + 1 holds the last
-    observations and row p + 2 the next ones' first, so row p + 1 is no start of a transition. `starts` lists the rows
-    that are.
+    A transition that starts at row p has its observations, actions, rewards and terminations there and its next
+    observations in row p + 1. Where the episode of any environment ends, row p + 1 holds the final observations and
+    row p + 2 those to go on from, so no transition starts at row p + 1. `starts` lists the rows where one does.
     """
 
     RINGS = ("observations", "actions", "rewards", "terminations", "starts")
@@ -319,15 +317,6 @@ class ReplayBuffer:
         # Which of them, from and up to, on the device: sampling takes nothing from the host, as a CUDA graph must not.
         self.span = torch.zeros(2, dtype=torch.long, device=device)
 
-    @staticmethod
-    def nbytes(size: int, obs_dim: int, action_dim: int) -> int:
-        """Memory in bytes that `size` transitions take."""
-        return size * (4 * (obs_dim + action_dim + 2) + 8)
-
-    def __len__(self) -> int:
-        """The number of transitions that can be sampled."""
-        return len(self.start_rows) * self.observations.shape[1]
-
     def add(self, obs, actions, rewards, terminations, next_obs, dones) -> None:
         """Append one transition per environment; arrays have `num_envs` rows, `next_obs` is final where `dones`."""
         here, there = self.row % self.rows, (self.row + 1) % self.rows
@@ -342,7 +331,7 @@ class ReplayBuffer:
         self.skip(2 if dones.any() else 1)
 
     def skip(self, rows: int) -> None:
-        """Move on by some rows: `add` does by 1, and where an episode ends by 2, so that nothing leads across."""
+        """Move on by some rows: 1 after a step, 2 where an episode ends, so that no transition leads out of it."""
         self.row += rows
         # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
         while self.start_rows and self.start_rows[0] <= self.row - self.rows:
@@ -385,11 +374,24 @@ class ReplayBuffer:
         return tuple(x.to(device) for x in batch)
 
 
+def make_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
+    """A replay buffer on `device` if it has room, otherwise on the host; fails where that has none either."""
+    size = args.buffer_size * (4 * (obs_dim + action_dim + 2) + 8)  # bytes: float32, and one int64 in `starts`
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        fits = int(args.buffer_size * memory / size)
+        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
+    fits = device.type == "cpu" or size < 0.8 * torch.cuda.mem_get_info()[0]
+    place = device if fits else torch.device("cpu")
+    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB on {place}")
+    return ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, place)
+
+
 class CudaGraph:
     """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
 
-    Graphs want the same shapes in every call. A replay draws fresh random numbers. What is returned lies where the
-    next replay will write: use it, or copy it, before.
+    The inputs' shapes must be the same in every call. A replay draws fresh random numbers, and overwrites what the
+    one before returned: use or copy that first.
     """
 
     warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
@@ -499,7 +501,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class Policy(nn.Module):
     """The average velocity u(s, x, r, t) before the tanh, and log sigma by a second head on the same trunk.
 
-    obs (..., obs_dim), x (..., d), r and t (..., 1) broadcast against each other; u and log sigma are (..., d).
+    obs (..., obs_dim) broadcasts against x (..., d), r and t (..., 1) to x; u and log sigma are (..., d).
     """
 
     def __init__(self, obs_dim: int, action_dim: int):
@@ -559,7 +561,8 @@ def gaussian_kl(mean, log_std, mean_k, log_std_k) -> torch.Tensor:
 def mirror_descent_weights(q: torch.Tensor, log_prob_k: torch.Tensor, alpha, kl_weight) -> torch.Tensor:
     """Importance weights (..., P) from pi_k to the maximiser of E[Q] + alpha H(pi) - lambda KL(pi || pi_k).
 
-    That is pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z; q and log_prob_k (..., P) are at samples of pi_k.
+    That is pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z with lambda = `kl_weight`; q and log_prob_k (..., P)
+    are at samples of pi_k.
     """
     return ((q - alpha * log_prob_k) / (alpha + kl_weight)).softmax(-1)
 
@@ -569,6 +572,11 @@ def resample(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # The winner of an exponential race, as torch.multinomial draws it, but without its look at the host.
     chosen = (weights / torch.empty_like(weights).exponential_()).argmax(-1)
     return y.take_along_dim(chosen[:, None, None], 1)[:, 0]
+
+
+def soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma) -> torch.Tensor:
+    """r + gamma (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), all of shape (B,) (SAC 2018b, equation 6)."""
+    return rewards + gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
 
 
 def sample_times(batch_size: int, data_proportion: float, device: torch.device):
@@ -622,13 +630,13 @@ class Agent(nn.Module):
         qf1, qf2 = (self.qf1_target, self.qf2_target) if target else (self.qf1, self.qf2)
         return torch.minimum(qf1(obs, actions), qf2(obs, actions))
 
-    def sample_latents(self, policy, obs: torch.Tensor, e: torch.Tensor):
+    def sample_y(self, policy, obs: torch.Tensor, e: torch.Tensor):
         """One y (B, M, d) for each of the latents e (B, M, d), and the mean and log sigma it was drawn with."""
         mean, log_std = one_step(policy, obs[:, None], e)
         return mean + log_std.exp() * torch.randn_like(mean), mean, log_std
 
     def best_of(self, obs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Of y (B, K, d) the one, (B, 1, d), whose action has the largest Q."""
+        """Of y (B, K, d) the one, (B, 1, d), whose action the target critics (CrossQ: the critics) value most."""
         if y.shape[1] == 1:
             return y
         best = self.q_value(obs[:, None], torch.tanh(y), target=True).argmax(1)
@@ -639,7 +647,7 @@ class Agent(nn.Module):
         """Actions (B, d) for training, each the best of K_b or of `candidates`."""
         candidates = candidates or self.args.behavior_candidates
         e = torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
-        y, _, _ = self.sample_latents(self.policy, obs, e)
+        y, _, _ = self.sample_y(self.policy, obs, e)
         return torch.tanh(self.best_of(obs, y)[:, 0])
 
     def eval_actions(self, obs: torch.Tensor) -> torch.Tensor:
@@ -652,7 +660,7 @@ class Agent(nn.Module):
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
             metrics |= self.update_policy(obs, alpha)
-        # Detached: what autograd keeps alive ties the parameters to a stream, and no CUDA graph could be recorded.
+        # Detached: a loss that keeps its autograd graph alive ties the parameters to a stream and prevents CUDA graphs.
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
@@ -661,12 +669,12 @@ class Agent(nn.Module):
         with torch.no_grad():
             # M latents for one action: its density has M components.
             e = torch.randn(len(obs), args.latents, self.action_dim, device=obs.device)
-            y, mean, log_std = self.sample_latents(self.policy, next_obs, e)
+            y, mean, log_std = self.sample_y(self.policy, next_obs, e)
             y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
             next_actions = torch.tanh(y[:, 0])
             next_log_prob = policy_log_prob(y, mean, log_std)[:, 0]
         if self.crossq:
-            self.qf1.train(), self.qf2.train()  # the running statistics learn in this pass alone
+            self.qf1.train(), self.qf2.train()
             both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
             (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
             next_q = torch.minimum(next_q1, next_q2).detach()
@@ -675,7 +683,7 @@ class Agent(nn.Module):
             q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
             with torch.no_grad():
                 next_q = self.q_value(next_obs, next_actions, target=True)
-        target = rewards + args.gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
+        target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, args.gamma)
         qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
@@ -695,9 +703,9 @@ class Agent(nn.Module):
         """One step on the policy by the three terms, on its slow copy and on the temperature."""
         args, batch_size = self.args, len(obs)
         e = torch.randn(batch_size, args.latents, self.action_dim, device=obs.device)
-        y, mean, log_std = self.sample_latents(self.policy, obs, e)
+        y, mean, log_std = self.sample_y(self.policy, obs, e)
         with torch.no_grad():
-            y_k, mean_k, log_std_k = self.sample_latents(self.slow_policy, obs, e)
+            y_k, mean_k, log_std_k = self.sample_y(self.slow_policy, obs, e)
 
         # 1. Soft policy improvement, reparameterised through e and xi.
         entropy = entropy_bound(y, mean, log_std).mean()
@@ -705,9 +713,10 @@ class Agent(nn.Module):
 
         # 2. KL to the slow copy, the latent shared: an upper bound, by joint convexity.
         kl = gaussian_kl(mean, log_std, mean_k, log_std_k).mean()
+        loss = actor_loss + args.kl_coef * alpha * kl
 
         metrics = {"losses/actor_loss": actor_loss, "losses/kl": kl, "losses/alpha": alpha}
-        loss = actor_loss + args.kl_coef * alpha * kl
+        metrics |= {"diagnostics/entropy": entropy, "diagnostics/sigma": log_std.exp().mean()}
 
         # 3. MeanFlow regression towards the mirror-descent solution, from proposals of the slow copy. It fits m to
         # samples of y, which have sigma's noise in them: alone it would widen the policy.
@@ -734,8 +743,6 @@ class Agent(nn.Module):
             after, before = one_step(self.policy, obs, e[:, 0]), (mean[:, 0], log_std[:, 0])  # one latent per state
             metrics["diagnostics/kl_of_update"] = gaussian_kl(*after, *before).mean()
 
-        metrics["diagnostics/entropy"] = entropy
-        metrics["diagnostics/sigma"] = log_std.exp().mean()
         if args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy.detach() - self.target_entropy)
             self.alpha_optimizer.zero_grad()
@@ -752,7 +759,7 @@ class Agent(nn.Module):
         latents: near 0 the policy is a Gaussian.
         """
         e = torch.randn(len(obs), 8 * self.args.latents, self.action_dim, device=obs.device)
-        sample = self.sample_latents(self.policy, obs, e)  # y, mean and log sigma, each (B, 8 M, d)
+        sample = self.sample_y(self.policy, obs, e)  # y, mean and log sigma, each (B, 8 M, d)
         bound_8m = entropy_bound(*sample).mean().item()
         bound_m = entropy_bound(*(x.unflatten(1, (8, -1)) for x in sample)).mean().item()  # the same in 8 groups of M
         return {
@@ -769,16 +776,15 @@ class Agent(nn.Module):
 def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
     """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
 
-    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do.
-
-    Training's random state (torch's) is left as it was, and the result depends on the weights and `seed` alone.
+    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do. The
+    result depends on the weights and `seed` alone; torch's random state, which training draws from, is left as it was.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
         while running:
-            # For all environments, also those that are done: a CUDA graph wants one shape.
+            # All environments, finished ones too: a CUDA graph needs one shape.
             actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
             for i in tuple(running):
                 obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
@@ -802,12 +808,28 @@ def load_file(path: str | Path, flag: str, **options) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True, **options)
         if saved["script"] != Path(__file__).stem:
             raise ValueError(f"it was written by {saved['script']}.py")
-        unknown = saved["args"].keys() ^ dataclasses.asdict(Args()).keys()
+        unknown = saved["args"].keys() ^ vars(Args()).keys()
         if unknown:
             raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
-    except Exception as error:  # whatever is wrong with the file, it is the user's to replace
-        fail(f"{flag}: {path} is no file that {Path(__file__).name} saved ({first_line(error)})")
+    except Exception as error:  # whatever is wrong with the file, the user must replace it
+        fail(f"{flag}: {path} is not a file that {Path(__file__).name} saved ({first_line(error)})")
     return saved
+
+
+def save_file(content: dict, path: Path) -> bool:
+    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
+        temporary.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} was not written ({first_line(error)}); an earlier one is as it was")
+        return False
+    return True
 
 
 def evaluate_saved(args: Args, device: torch.device) -> None:
@@ -827,37 +849,21 @@ def evaluate_saved(args: Args, device: torch.device) -> None:
         env.close()
 
 
-def save_file(content: dict, path: Path) -> bool:
-    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
-        temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} was not written ({str(error).splitlines()[0]}); an earlier one is as it was")
-        return False
-    return True
-
-
 def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
     """The agent's optimisers by name."""
     return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
 
 
 def derive_seed(*key: int) -> int:
-    """A seed for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
+    """A seed below 2^31 for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
 def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
     """Seed every random generator and begin new episodes; returns their first observations.
 
-    Done at the start and at each checkpoint, by the run that goes on as by one that is resumed there: so both are, on
-    a CPU, the same bit for bit, whatever generators an environment keeps.
+    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
+    same, on a CPU bit for bit, whatever generators an environment keeps.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -867,7 +873,7 @@ def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
 
 
 def parse_args(line: list[str] | None = None) -> Args:
-    """The command line; with `--resume`, what it does not name is as in the run that goes on."""
+    """Parse the command line; with `--resume`, the defaults are the arguments of the run that goes on."""
     args = tyro.cli(Args, args=line)
     if args.resume is None:
         return args
@@ -883,9 +889,9 @@ def parse_args(line: list[str] | None = None) -> Args:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed temporaries, which it otherwise returns, to be zeroed anew page by page.
+    """Make glibc keep freed memory, which it otherwise returns: the system zeroes each page that comes back.
 
-    On one thread an update of MFPO or SMFP then takes about a fifth less time, one of SAC as much as before.
+    An update of MFPO or SMFP then takes about a fifth less time on one thread, one of SAC as much as before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:
@@ -903,27 +909,16 @@ def train(args: Args) -> None:
     if args.capture_video:
         check_video(args.env_id)
 
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-    obs = restart(args.seed, envs)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    agent = Agent(obs_dim, action_dim, args, device)
 
-    size = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        fits = int(args.buffer_size * memory / size)
-        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
-    on_gpu = device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]
-    place = "GPU" if on_gpu else "host"
-    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB of the {place}'s memory")
-    buffer_device = device if on_gpu else torch.device("cpu")
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, buffer_device)
+    envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode="SameStep")
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs = restart(args.seed, envs)
+    agent = Agent(obs_dim, action_dim, args, device)
+    buffer = make_buffer(args, obs_dim, action_dim, device)
 
     start_step, num_updates, metrics = 0, 0, {}
     if args.resume:
@@ -937,7 +932,7 @@ def train(args: Args) -> None:
             start_step, num_updates = saved["global_step"], saved["num_updates"]
             metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({str(error).splitlines()[0]})")
+            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({first_line(error)})")
         del saved  # the replay buffer is in it
         obs = restart(derive_seed(args.seed, start_step, 1), envs)
     else:
@@ -972,13 +967,10 @@ def train(args: Args) -> None:
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     # When TensorBoard's thread dies of a full disk, our next call to it says so.
     threading.excepthook = lambda hook: hook.exc_type is OSError or threading.__excepthook__(hook)
-    warned = set()
 
+    @cache  # says it once
     def warn(message: str) -> None:
-        """Say it once."""
-        if message not in warned:
-            warned.add(message)
-            tqdm.write(f"warning: {message}")
+        tqdm.write(f"warning: {message}")
 
     def log(scalars: dict[str, float], step: int) -> None:
         try:
@@ -998,23 +990,23 @@ def train(args: Args) -> None:
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    graphed, kinds = args.cuda_graph and device.type == "cuda", (False, True)
+    graphed = args.cuda_graph and device.type == "cuda"
     # From a buffer on the host, sampling copies, which no graph can record: it is then left out.
-    learn = [CudaGraph(partial(agent.update, with_policy=kind), graphed and not on_gpu) for kind in kinds]
+    with_sampling = graphed and buffer.observations.is_cuda
+    learn = {x: CudaGraph(partial(agent.update, with_policy=x), graphed and not with_sampling) for x in (False, True)}
 
     def update(with_policy: bool):
         batch = buffer.sample(args.batch_size, device)
         return batch, learn[with_policy](*batch)
 
-    updates = [CudaGraph(partial(update, kind), graphed and on_gpu) for kind in kinds]
+    updates = {x: CudaGraph(partial(update, x), with_sampling) for x in (False, True)}
     act = CudaGraph(agent.sample_actions, graphed)
-    players = {
-        "eval": CudaGraph(agent.eval_actions, graphed),
-        "eval_exploring": CudaGraph(agent.sample_actions, graphed),
-    }
+    policies = {"eval": agent.eval_actions, "eval_exploring": agent.sample_actions}
+    players = {tag: CudaGraph(policy, graphed) for tag, policy in policies.items()}  # of `eval_episodes` rows
 
-    batch, restart_step, ending = None, start_step, None
+    restart_step = start_step  # when all environments began new episodes together
     safe_step = start_step if args.resume else None  # of the checkpoint on the disk
+    batch = ending = None
     start_time, last_return = time.time(), math.nan
     progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
     last_step = args.total_timesteps - args.total_timesteps % args.num_envs
@@ -1028,7 +1020,8 @@ def train(args: Args) -> None:
             # The update is launched before the environment steps: on a GPU the two then overlap.
             while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 num_updates += 1
-                batch, losses = updates[num_updates % args.policy_frequency == 0]()
+                with_policy = num_updates % args.policy_frequency == 0
+                batch, losses = updates[with_policy]()
                 metrics |= losses
 
             next_obs, rewards, terminations, truncations, infos = envs.step(actions)
@@ -1042,26 +1035,21 @@ def train(args: Args) -> None:
             buffer.add(obs, actions, rewards, terminations, final_obs, dones)
             progress.update(args.num_envs)
 
-            # A checkpoint begins new episodes, so one that is due waits for the end of the running ones; not for ever.
-            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
-            save_now = 0 < every <= since and (dones.all() or since >= 2 * every)
-            stopping = len(signals) > 0  # a signal that comes later than here is for the next step
-            save_now |= global_step == last_step or stopping
             if metrics:  # looked at in every step, to stop where a fault arises; the next action waits for them anyway
                 scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
                 for name, value in scalars.items():
                     if not math.isfinite(value):
                         raise FloatingPointError(f"{name} is {value}")
-            if metrics and due(global_step, args.log_frequency, args.num_envs):
-                sps = (global_step - start_step) / (time.time() - start_time)
-                log(scalars | {"charts/SPS": sps}, global_step)
-                progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
-                for message in agent.warnings(scalars, num_updates):
-                    warn(message)
-            if metrics and due(global_step, args.diagnostics_frequency, args.num_envs):
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's is left as it is
-                    torch.manual_seed(derive_seed(args.seed, global_step, 2))
-                    log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
+                if due(global_step, args.log_frequency, args.num_envs):
+                    sps = (global_step - start_step) / (time.time() - start_time)
+                    log(scalars | {"charts/SPS": sps}, global_step)
+                    progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
+                    for message in agent.warnings(scalars, num_updates):
+                        warn(message)
+                if due(global_step, args.diagnostics_frequency, args.num_envs):
+                    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's stays as it is
+                        torch.manual_seed(derive_seed(args.seed, global_step, 2))
+                        log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
             if due(global_step, args.eval_frequency, args.num_envs):
                 for tag, play in players.items():
                     returns = evaluate(play, eval_envs, derive_seed(args.seed, global_step, 0), device)
@@ -1069,10 +1057,14 @@ def train(args: Args) -> None:
                     log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
                     tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
             obs = next_obs
-            if save_now:
+
+            # A checkpoint begins new episodes, so it waits for the running ones to end, but at most as long again.
+            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
+            checkpoint_due = 0 < every <= since and (dones.all() or since >= 2 * every)
+            if checkpoint_due or signals or global_step == last_step:
                 if not all(x.isfinite().all() for x in agent.state_dict().values()):
                     raise FloatingPointError("a network's weight is not finite")
-                buffer.skip(1)
+                buffer.skip(1)  # the next row begins an episode
                 saved = {
                     "script": Path(__file__).stem,
                     "args": vars(args) | {"resume": None},
@@ -1088,9 +1080,9 @@ def train(args: Args) -> None:
                 del saved["buffer"]  # a copy of all that is in it
                 restart_step = global_step
                 obs = restart(derive_seed(args.seed, global_step, 1), envs)
-            if stopping and global_step < last_step:
-                ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
-                break
+                if signals and global_step < last_step:
+                    ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
+                    break
     except (EnvError, FloatingPointError) as error:
         evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
         save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")

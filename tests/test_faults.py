@@ -140,12 +140,12 @@ def stalled(folder, *line, script="sac_continuous"):
     return running
 
 
-def test_a_signal_during_an_evaluation_stops_the_run_at_the_next_step_with_a_checkpoint(tmp_path):
+def test_a_signal_during_an_evaluation_stops_the_run_after_it_with_a_checkpoint(tmp_path):
     running = stalled(tmp_path, "StallInEvaluation-v0")
     running.terminate()
     out, _ = running.communicate()
-    assert running.returncode == 143 and "stopped at step 221; from step 221: python" in out
-    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 221
+    assert running.returncode == 143 and "stopped at step 220; from step 220: python" in out
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 220
 
 
 def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path):

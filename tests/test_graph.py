@@ -184,7 +184,7 @@ def test_a_run_records_acts_evaluates_and_is_resumed(script, place, tmp_path, mo
     module.train(module.parse_args(line))
     (run,) = (tmp_path / "runs").iterdir()
     module.train(module.parse_args(["--resume", str(run), "--total-timesteps", "240"]))
-    assert capsys.readouterr().out.count(f"GiB of the {place}'s memory") == 2
+    assert capsys.readouterr().out.count(f"GiB on {'cuda' if place == 'GPU' else 'cpu'}") == 2
     saved = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
     assert saved["global_step"] == 240 and saved["num_updates"] == 200
     assert all(value.isfinite().all() for value in saved["agent"].values())

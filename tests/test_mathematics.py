@@ -1,5 +1,6 @@
 """Every equation against something independent: a closed form, quadrature, SciPy, brute-force autograd or a loop."""
 
+import importlib
 import math
 from functools import partial
 
@@ -238,7 +239,7 @@ def test_states_of_a_run_are_those_that_were_acted_on(tmp_path):
     saved = {"script": "mfpo_continuous", "args": vars(agent.args), "agent": agent.state_dict()}
     torch.save(saved | {"buffer": buffer.state_dict()}, tmp_path / "checkpoint.pt")
     loaded, obs = load(tmp_path, 500)
-    assert sorted(set(obs[:, 0].tolist())) == acted_on[-len(buffer) :]
+    assert sorted(set(obs[:, 0].tolist())) == acted_on[-len(buffer.start_rows) :]
     torch.testing.assert_close(loaded.state_dict(), agent.state_dict())
 
 
@@ -331,9 +332,10 @@ def test_squashed_gaussian_against_torch_distributions(scale):
     torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1))
 
 
-def test_soft_td_target():
-    one = torch.ones(2)
-    target = sac.soft_td_target(one, torch.tensor([0.0, 1.0]), 5 * one, -2 * one, torch.tensor(0.5), 0.9)
+@pytest.mark.parametrize("script", ["sac_continuous", "smfp_continuous"])
+def test_soft_td_target(script):
+    one, module = torch.ones(2), importlib.import_module(script)
+    target = module.soft_td_target(one, torch.tensor([0.0, 1.0]), 5 * one, -2 * one, torch.tensor(0.5), 0.9)
     torch.testing.assert_close(target, torch.tensor([1 + 0.9 * (5 + 0.5 * 2), 1.0]))
 
 

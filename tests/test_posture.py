@@ -20,7 +20,7 @@ def test_posture_of_the_steps_that_the_ring_still_holds(tmp_path):
     args = {"env_id": "HalfCheetah-v4", "num_envs": num_envs}
     torch.save({"args": args, "buffer": buffer.state_dict(), "global_step": steps}, tmp_path / "checkpoint.pt")
 
-    held = seen[-(len(buffer) // num_envs) :]
+    held = seen[-len(buffer.start_rows) :]
     rows = posture(tmp_path, every)
     lasts = [k for k in range(every, steps + 1, every) if held[0][0] <= k - every + num_envs]
     assert 2 <= len(lasts) < steps // every

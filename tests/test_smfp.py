@@ -419,7 +419,7 @@ def test_crossq_regresses_on_the_joint_pass_without_a_gradient_of_the_target():
     obs, actions, rewards, terminations, next_obs = batch()
     torch.manual_seed(1)
     with torch.no_grad():
-        y, mean, log_std = agent.sample_latents(agent.policy, next_obs, torch.randn(32, 2, 2))
+        y, mean, log_std = agent.sample_y(agent.policy, next_obs, torch.randn(32, 2, 2))
         next_log_prob = log_pi(y[:, :1], mean, log_std)[:, 0]
     values = [qf(torch.cat([obs, next_obs]), torch.cat([actions, y[:, 0].tanh()])) for qf in critics]
     next_q = torch.minimum(values[0][32:], values[1][32:]).detach()
