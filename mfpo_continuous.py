@@ -20,7 +20,7 @@ Paper: https://arxiv.org/abs/2604.14698. MeanFlow itself: https://arxiv.org/abs/
 
 Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps with velocity v = (x_t - a_0) / t.
     policy      a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 ~ N(0, I); u is the average velocity on [r, t]
-    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_i delta(s, a_{t_i}, t_i - 1/T, t_i)
+    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps
     identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with div v in the place of v
     target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from the
                 policy and from a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
@@ -133,7 +133,7 @@ class Args:
     """log pi by the average divergence network (paper), by the sampler's exact change of variables (d forward-mode
     products), or left out everywhere, which needs --no-autotune (paper's ablation)"""
     proposals: Literal["both", "policy", "gaussian"] = "both"
-    """which proposals estimate the velocity (paper: both, the others are its ablations)"""
+    """which proposals estimate the velocity (paper: both, the others are its ablations); all are drawn in any case"""
     policy_proposals: int = 16
     """K1, actions of the policy per state in the velocity estimate (paper)"""
     gaussian_proposals: int = 32
@@ -153,8 +153,9 @@ class Args:
     v_max: float = 1600.0
     """largest atom (paper)"""
     critic_init_std: float | None = None
-    """standard deviation about 0 of the return that new critics predict, at least the atoms' distance; if not given,
-    all atoms are about as likely (paper); one atom's width takes off sooner, measured on two tasks"""
+    """standard deviation about 0 of the return that new critics predict, from the atoms' distance to a tenth of the
+    support's width (outside, it comes out smaller); if not given, all atoms are about as likely (paper); one atom's
+    width takes off sooner, measured on two tasks"""
     policy_frequency: int = 1
     """updates of the critics per update of the policy, the divergence network and the temperature"""
     autotune: bool = True
@@ -423,7 +424,7 @@ def check_algorithm(args: Args) -> None:
     require(args, "learning_rate", lambda x: 0 < x < math.inf, "positive and finite")
     require(args, "data_proportion", lambda x: 0 <= x < 1, "in [0, 1); for plain flow matching: --no-meanflow")
     require(args, "rho v_min v_max", math.isfinite, "finite")
-    require(args, "critic_init_std", lambda x: x is None or 0 < x < math.inf, "positive and finite")
+    require(args, "critic_init_std", lambda x: x is None or 1e-6 <= x < math.inf, "at least 1e-6 and finite")
     if args.v_min >= args.v_max:
         fail(f"--v-min {args.v_min} must be below --v-max {args.v_max}")
     if args.likelihood == "none" and args.autotune:
@@ -506,9 +507,9 @@ def sample_flow(actor, obs: torch.Tensor, noise: torch.Tensor, steps: int, meanf
     """
     x, trajectory = noise, []
     for i in range(steps, 0, -1):
-        t, r = (torch.full((1,), j / steps, device=noise.device) for j in (i, i - 1))
-        trajectory.append((x, r if meanflow else t, t))
-        x = x - actor(obs, *trajectory[-1]) / steps
+        t, r = (torch.full((1,), j / steps, device=noise.device) for j in (i, i - 1 if meanflow else i))
+        trajectory.append((x, r, t))
+        x = x - actor(obs, x, r, t) / steps
     return x, trajectory
 
 
@@ -518,7 +519,7 @@ def standard_normal_log_prob(x: torch.Tensor) -> torch.Tensor:
 
 
 def flow_log_prob(divergence, obs: torch.Tensor, trajectory) -> torch.Tensor:
-    """log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_i delta(s, a_{t_i}, t_i - 1/T, t_i); shape (...)."""
+    """log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t) over the sampler's T steps; (...)."""
     log_prob = standard_normal_log_prob(trajectory[0][0])
     return log_prob + sum(divergence(obs, x, r, t).squeeze(-1) for x, r, t in trajectory) / len(trajectory)
 
@@ -527,6 +528,7 @@ def exact_log_prob(sampler, noise: torch.Tensor) -> torch.Tensor:
     """log pi(a_0|s) = log N(a_1; 0, I) - log |det d a_0 / d a_1| of the map `sampler` from noise (..., d) to actions.
 
     The change of variables of the T-step map itself: d forward-mode products and a determinant per row; shape (...).
+    A lower bound where the map folds, so that other noises reach the same action.
     """
     basis = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
     columns = [torch.func.jvp(sampler, (noise,), (e.expand_as(noise).clone(),))[1] for e in basis]
@@ -579,7 +581,10 @@ def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tenso
 
 
 def policy_log_weights(q, log_prob, x_t, actions, t, alpha) -> torch.Tensor:
-    """log of exp(Q / alpha) N(x_t; (1 - t) a, t^2 I) / pi(a|s), up to a constant, for a_k ~ pi (B, K)."""
+    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / pi(a_k|s), up to a constant, for a_k ~ pi; shape (B, K).
+
+    q and log_prob (B, K), x_t (B, d), actions (B, K, d), t (B, 1).
+    """
     squared_distance = ((x_t[:, None] - (1 - t[:, None]) * actions) ** 2).sum(-1)
     return q / alpha - squared_distance / (2 * t**2) - log_prob
 
@@ -596,7 +601,7 @@ def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.T
 
 
 def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, v_max: float) -> torch.Tensor:
-    """C51's projection of the masses `probs` at the places `atoms`, both (B, N), onto N even atoms in [v_min, v_max].
+    """C51's projection of the masses `probs` at `atoms`, both (B, N), onto N evenly spaced atoms in [v_min, v_max].
 
     Each mass is clipped to the support and split between its two neighbours, which keeps the total and, where nothing
     is clipped, the mean.
@@ -612,7 +617,7 @@ def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, 
 class Agent(nn.Module):
     """Networks, optimisers and one update of everything."""
 
-    states_at_once = 64  # of a velocity estimate on a CPU: their activations stay in the cache, 5 % faster than all 256
+    states_at_once = 64  # a velocity estimate on a CPU goes by parts of this many: they fit in the cache, 5 % faster
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
@@ -626,7 +631,7 @@ class Agent(nn.Module):
         if args.critic_init_std is not None:
             for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
                 nn.init.zeros_(output.weight)
-                output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)  # Student's t, 3 degrees
+                output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)  # Student's t, 3 d.o.f.
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
@@ -722,7 +727,7 @@ class Agent(nn.Module):
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the policy, regressed on the Boltzmann policy's velocity; then on divergence and temperature."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
-        x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share = self.estimate_velocity(obs, t, alpha)
+        x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, policy_weight = self.estimate_velocity(obs, t, alpha)
         actor_loss = self.meanflow_loss(self.actor, obs, x_t, r, t, velocity, velocity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
@@ -733,7 +738,7 @@ class Agent(nn.Module):
             "losses/alpha": alpha,
             "diagnostics/ess_policy": ess_policy.mean(),
             "diagnostics/ess_gaussian": ess_gaussian.mean(),
-            "diagnostics/policy_proposal_weight": share.mean(),
+            "diagnostics/policy_proposal_weight": policy_weight.mean(),
             "diagnostics/clipped_fraction": (a_0.abs() == 1).float().mean(),
         }
         entropy = -log_prob.mean()
@@ -756,11 +761,12 @@ class Agent(nn.Module):
         Returns x_t (B, d), the velocity (B, d), the first policy proposal a_0 (B, d), log pi (B, K1) for the
         temperature and, for the log, the two ESS and the weight of the policy proposal (B, 1).
         """
-        batch_size, d, args, n = len(obs), self.action_dim, self.args, self.states_at_once
-        if obs.device.type == "cpu" and batch_size > n:
+        n = self.states_at_once
+        if obs.device.type == "cpu" and len(obs) > n:
             parts = [self.estimate_velocity(*part, alpha) for part in zip(obs.split(n), t.split(n), strict=True)]
             return tuple(map(torch.cat, zip(*parts, strict=True)))
 
+        batch_size, d, args = len(obs), self.action_dim, self.args
         obs = obs[:, None]  # (B, 1, obs_dim)
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
@@ -768,6 +774,7 @@ class Agent(nn.Module):
         a_0 = from_policy[:, 0]
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
+        # N(x_t; (1 - t) a, t^2 I) as a density of a, within the box: what is left for the weights is exp(Q / alpha).
         from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
 
         q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
@@ -775,11 +782,11 @@ class Agent(nn.Module):
         log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
         v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
         v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
-        share = ess_policy / (ess_policy + ess_gaussian)  # the policy proposal's weight, (B, 1)
+        policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, 1)
         if args.proposals != "both":
-            share = torch.full_like(share, float(args.proposals == "policy"))
-        velocity = share * v_policy + (1 - share) * v_gaussian
-        return x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, share
+            policy_weight = torch.full_like(policy_weight, float(args.proposals == "policy"))
+        velocity = policy_weight * v_policy + (1 - policy_weight) * v_gaussian
+        return x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, policy_weight
 
     def meanflow_loss(self, network, obs, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
         """Mean over the batch of | network - stop-gradient MeanFlow target |^2, summed over d (MeanFlow, equation 9).
@@ -820,8 +827,8 @@ class Agent(nn.Module):
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
         gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
-        uniform = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
-        q = self.q_value(self.qf1, self.qf2, obs[:, None], uniform)  # (B, 64)
+        random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
+        q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
         scalars = {
             "diagnostics/flow_gap": gap.norm(dim=-1).mean().item(),
             "diagnostics/q_action_std": q.std(1).mean().item(),

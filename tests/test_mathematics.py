@@ -228,6 +228,15 @@ def test_the_log_probs_that_likelihood_py_compares_in_closed_form():
     torch.testing.assert_close(logs["map"], normal - steps * (1 - g / steps).log().sum())
     assert "network" not in log_probs(agent_with(likelihood="exact"), torch.zeros(30, 3), noise)
 
+    torch.manual_seed(1)
+    found = agent.diagnostics(torch.zeros(30, 3))
+    torch.manual_seed(1)
+    gap = ((1 - g / steps) ** steps - (1 - c / 64) ** 64) * torch.randn(30, 2)
+    assert found["diagnostics/flow_gap"] == pytest.approx(gap.norm(dim=1).mean().item(), rel=1e-4)
+    bias = delta + steps * (1 - g / steps).log().sum().item()  # the same at each noise
+    assert bias < -1 and found["diagnostics/adn_log_prob_bias"] == pytest.approx(bias, rel=1e-4)
+    assert found["diagnostics/adn_log_prob_error"] == pytest.approx(-bias, rel=1e-4)
+
 
 def test_states_of_a_run_are_those_that_were_acted_on(tmp_path):
     """Rows that only end an episode, and the rest of the rings, are none."""
@@ -562,6 +571,25 @@ def test_new_critics_predict_the_same_narrow_return_everywhere_if_asked():
             np.testing.assert_allclose(probs.detach(), np.tile(expected / expected.sum(), (len(obs), 1)), rtol=1e-4)
     spread = agent_with().update(*batch())["diagnostics/q_std"]
     assert spread == pytest.approx(3200 / math.sqrt(12), rel=0.1)  # by default about uniform on [-1600, 1600]
+
+
+def test_new_networks_have_xavier_weights_no_biases_and_slow_frequencies():
+    agent = agent_with()
+    for layer in agent.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert 0.9 * bound < layer.weight.abs().max() <= bound and (layer.bias == 0).all()
+    embeddings = [net.get_submodule(f"embed_{x}") for net in (agent.actor, agent.divergence) for x in ("t", "interval")]
+    frequencies = torch.stack([embedding.frequencies for embedding in embeddings])
+    assert len(frequencies.unique()) == 4 * 64 and frequencies.std().item() == pytest.approx(0.2, rel=0.15)
+
+
+def test_mass_on_the_edges_is_warned_of_once_the_critics_have_learned():
+    agent = agent_with()
+    (message,) = agent.warnings({"diagnostics/edge_mass": 0.011}, 1000)
+    assert "edges of [-1600.0, 1600.0]" in message and "--v-min/--v-max" in message
+    assert agent.warnings({"diagnostics/edge_mass": 0.011}, 999) == []
+    assert agent.warnings({"diagnostics/edge_mass": 0.009}, 1000) == []
 
 
 def test_how_much_q_tells_random_actions_apart(monkeypatch):
