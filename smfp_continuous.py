@@ -381,8 +381,8 @@ def make_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device)
     if size > memory:
         fits = int(args.buffer_size * memory / size)
         fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
-    fits = device.type == "cpu" or size < 0.8 * torch.cuda.mem_get_info()[0]
-    place = device if fits else torch.device("cpu")
+    has_room = device.type == "cpu" or size < 0.8 * torch.cuda.mem_get_info()[0]
+    place = device if has_room else torch.device("cpu")
     print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB on {place}")
     return ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, place)
 
@@ -900,6 +900,14 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Set PyTorch up for training, before it first uses a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
+
+
 def train(args: Args) -> None:
     """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
     check_args(args)
@@ -909,11 +917,7 @@ def train(args: Args) -> None:
     if args.capture_video:
         check_video(args.env_id)
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
-
+    choose_kernels(args.torch_deterministic)
     envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode="SameStep")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     obs = restart(args.seed, envs)

@@ -94,9 +94,8 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     module.keep_freed_memory()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as `train` has it: on a GPU it changes kernels
-    torch.utils.deterministic.fill_uninitialized_memory = False
     args = module.Args()
+    module.choose_kernels(args.torch_deterministic)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
     observations, actions = np.random.randn(1001, 1, obs_dim), np.random.uniform(-1, 1, (1000, 1, action_dim))
@@ -139,8 +138,7 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
 def environment(args: Args) -> dict[str, str]:
     """The environment variables of a timed process."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"  # benchmark.timed is found there
-    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as `train` has it
-    return os.environ | deterministic | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
+    return os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
 
 
 def parse_peer(text: str, scripts: tuple[str, ...]) -> tuple[str, str, list[str]]:

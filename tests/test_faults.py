@@ -392,6 +392,7 @@ BAD_LINES = """
 --alpha -1 | --alpha is -1
 --alpha 0 | --alpha is 0
 --alpha inf | --alpha is inf
+--alpha 1e-40 | --alpha is 1e-40
 --seed -1 | --seed is -1
 --seed | Missing value
 --seed x | Error parsing --seed
@@ -428,6 +429,7 @@ OWN_BAD_LINES = {
 --v-max inf | --v-max is inf
 --v-min 5 --v-max 1 | --v-min 5.0 must be below --v-max 1.0
 --critic-init-std 0 | --critic-init-std is 0
+--critic-init-std 1e-18 | --critic-init-std is 1e-18
 --critic-init-std inf | --critic-init-std is inf
 --likelihood none | add --no-autotune
 --proposals none | Invalid choice

@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import sac_continuous
+
 CASES = [
     ("sac_continuous", {}),
     ("mfpo_continuous", {"policy_proposals": 4, "gaussian_proposals": 4}),
@@ -22,8 +24,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.fixture
 def deterministic():
     """As `train` sets it: it changes kernels."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    sac_continuous.choose_kernels(deterministic=True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -171,20 +172,20 @@ def test_replays_draw_fresh_noise_and_obey_the_seed():
 
 
 @needs_cuda
-@pytest.mark.parametrize("place", ["GPU", "host"])
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
 @pytest.mark.parametrize("script", ["sac_continuous", "mfpo_continuous", "smfp_continuous"])
 def test_a_run_records_acts_evaluates_and_is_resumed(script, place, tmp_path, monkeypatch, capsys):
     """With updates of both kinds, and the replay buffer where there is room for it."""
     module = importlib.import_module(script)
     monkeypatch.chdir(tmp_path)
-    if place == "host":
+    if place == "cpu":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
     line = ["--env-id", "Pendulum-v1", "--total-timesteps", "120", "--learning-starts", "40", "--batch-size", "8"]
     line += ["--policy-frequency", "2", "--eval-frequency", "30", "--eval-episodes", "2"]
     module.train(module.parse_args(line))
     (run,) = (tmp_path / "runs").iterdir()
     module.train(module.parse_args(["--resume", str(run), "--total-timesteps", "240"]))
-    assert capsys.readouterr().out.count(f"GiB on {'cuda' if place == 'GPU' else 'cpu'}") == 2
+    assert capsys.readouterr().out.count(f"GiB on {place}") == 2
     saved = torch.load(run / "checkpoint.pt", weights_only=True, map_location="cpu")
     assert saved["global_step"] == 240 and saved["num_updates"] == 200
     assert all(value.isfinite().all() for value in saved["agent"].values())

@@ -64,8 +64,9 @@ def check_updates(agent, action_dim, reference, rates, slow, tolerance=1e-7):
             for g, h in zip(found, expected[name], strict=True):
                 torch.testing.assert_close(g, h, rtol=tolerance, atol=tolerance * largest)
             then, now = (getattr(x, name).param_groups[0]["params"] for x in (before, agent))
-            for p, q, g in zip(now, then, found, strict=True) if k == 0 else ():  # Adam's first step
-                torch.testing.assert_close(p, q - rates[name] * g / (g.abs() + 1e-8))
+            if k == 0:  # Adam's first step
+                for p, q, g in zip(now, then, found, strict=True):
+                    torch.testing.assert_close(p, q - rates[name] * g / (g.abs() + 1e-8))
         for name, (followed, step) in slow.items():
             for p, q, goal in zip(
                 getattr(agent, name).parameters(),
@@ -246,20 +247,21 @@ def smfp_q(qf, obs, actions, statistics=None):
     return linear(qf.rest[5], x)[..., 0]
 
 
+def smaller_q(qf1, qf2, obs, actions):
+    return torch.minimum(smfp_q(qf1, obs, actions), smfp_q(qf2, obs, actions))
+
+
 def smfp_reference(before, after, batch):
     obs, actions, rewards, terminations, next_obs = batch
     args, alpha = before.args, before.log_alpha.detach().exp()
     size, m, d = len(obs), args.latents, actions.shape[-1]
     crossq = args.critic == "crossq"
 
-    def smaller(qf1, qf2, obs, actions):
-        return torch.minimum(smfp_q(qf1, obs, actions), smfp_q(qf2, obs, actions))
-
     mean, std = smfp_gaussian(before.policy, next_obs[:, None], torch.randn(size, m, d))
     y = mean + std * torch.randn(size, m, d)
     targets = (before.qf1, before.qf2) if crossq else (before.qf1_target, before.qf2_target)
-    candidates = [smaller(*targets, next_obs, torch.tanh(y[:, k])) for k in range(args.target_candidates)]
-    y = y[torch.arange(size), torch.stack(candidates).argmax(0)]
+    best = smaller_q(*targets, next_obs[:, None], torch.tanh(y[:, : args.target_candidates])).argmax(1)
+    y = y[torch.arange(size), best]
     a, log_prob = torch.tanh(y), smfp_log_prob(y[:, None], mean, std)[:, 0]
     if crossq:
         qs, next_qs = [], []
@@ -285,15 +287,14 @@ def smfp_reference(before, after, batch):
     mean_k, std_k = (x.detach() for x in smfp_gaussian(before.slow_policy, obs[:, None], e))
     y_k = mean_k + std_k * torch.randn(size, m, d)
     entropy = -smfp_log_prob(y, mean, std).mean()
-    q = torch.stack([smaller(after.qf1, after.qf2, obs, torch.tanh(y[:, k])) for k in range(m)], 1)
-    actor_loss = -alpha * entropy - q.mean()
+    actor_loss = -alpha * entropy - smaller_q(after.qf1, after.qf2, obs[:, None], torch.tanh(y)).mean()
     kl = kl_divergence(Normal(mean, std), Normal(mean_k, std_k)).sum(-1).mean()
     loss = actor_loss + args.kl_coef * alpha * kl
     metrics = {"losses/actor_loss": actor_loss, "losses/kl": kl, "losses/alpha": alpha}
     if args.meanflow_coef > 0:
         weights = torch.ones(size, m) / m
         if args.mirror_descent_weights:
-            q_k = torch.stack([smaller(after.qf1, after.qf2, obs, torch.tanh(y_k[:, k])) for k in range(m)], 1)
+            q_k = smaller_q(after.qf1, after.qf2, obs[:, None], torch.tanh(y_k))
             weights = torch.exp(
                 (q_k - alpha * smfp_log_prob(y_k, mean_k, std_k)) / (alpha * (1 + args.kl_coef))
             ).detach()
@@ -358,8 +359,8 @@ def test_smfp_acts_by_the_best_of_its_candidates(candidates):
         torch.manual_seed(1)
         mean, std = smfp_gaussian(agent.policy, obs[:, None], torch.randn(5, k, 2))
         a = torch.tanh(mean + std * torch.randn(5, k, 2))
-        q = [torch.minimum(smfp_q(agent.qf1_target, obs, b), smfp_q(agent.qf2_target, obs, b)) for b in a.unbind(1)]
-        torch.testing.assert_close(actions, a[torch.arange(5), torch.stack(q).argmax(0)])
+        best = smaller_q(agent.qf1_target, agent.qf2_target, obs[:, None], a).argmax(1)
+        torch.testing.assert_close(actions, a[torch.arange(5), best])
     assert agent.target_entropy == -2
 
 
@@ -427,13 +428,14 @@ def importance_estimate(log_weights, actions, x, t):
     return velocity, 1 / sum((w / total) ** 2 for w in weights)
 
 
+def critic_probs(qf, obs, actions):
+    return torch.softmax(mlp(qf, torch.cat([obs, actions], -1)), -1)
+
+
 def mfpo_reference(before, after, batch):
     obs, actions, rewards, terminations, next_obs = batch
     args, alpha, d = before.args, before.log_alpha.detach().exp(), actions.shape[-1]
     z = torch.linspace(args.v_min, args.v_max, args.num_atoms)
-
-    def critic_probs(qf, obs, actions):
-        return torch.softmax(mlp(qf, torch.cat([obs, actions], -1)), -1)
 
     def q_value(obs, actions):
         q1, q2 = (critic_probs(qf, obs, actions) @ z for qf in (after.qf1, after.qf2))
@@ -455,8 +457,8 @@ def mfpo_reference(before, after, batch):
     gradients = {"q_optimizer": gradient(losses[0] + losses[1], before.q_parameters)}
     metrics = critic_metrics(*(p @ z for p in probs), *losses)
     stds = [((p @ z**2) - (p @ z) ** 2).sqrt().mean() for p in probs]
-    metrics |= {"diagnostics/q_std": sum(stds) / 2, "diagnostics/edge_mass": sum(p[:, [0, -1]].sum() for p in probs)}
-    metrics["diagnostics/edge_mass"] /= 2 * BATCH_SIZE
+    edge_mass = sum(p[:, [0, -1]].sum(-1).mean() for p in probs) / 2
+    metrics |= {"diagnostics/q_std": sum(stds) / 2, "diagnostics/edge_mass": edge_mass}
 
     t, r = mfpo_times(args)
     noise, eps = torch.randn(BATCH_SIZE, args.policy_proposals, d), torch.randn(BATCH_SIZE, d)
@@ -538,11 +540,5 @@ def test_mfpo_acts_by_the_best_of_its_candidates(candidates):
         torch.manual_seed(1)
         a = [mfpo_sample(agent, obs, x)[0].clamp(-1, 1) for x in torch.randn(5, k, 2).unbind(1)]
         z = torch.linspace(agent.args.v_min, agent.args.v_max, agent.args.num_atoms)
-        q = [
-            torch.stack(
-                [torch.softmax(mlp(qf, torch.cat([obs, b], -1)), -1) @ z for qf in (agent.qf1_target, agent.qf2_target)]
-            )
-            for b in a
-        ]
-        best = torch.stack([x.min(0).values for x in q]).argmax(0)
-        torch.testing.assert_close(actions, torch.stack(a, 1)[torch.arange(5), best])
+        q = [torch.minimum(*(critic_probs(qf, obs, b) @ z for qf in (agent.qf1_target, agent.qf2_target))) for b in a]
+        torch.testing.assert_close(actions, torch.stack(a, 1)[torch.arange(5), torch.stack(q).argmax(0)])
