@@ -10,7 +10,8 @@ a process each, on random data: an action is one observation from NumPy to NumPy
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
 With --compile actions are timed compiled, too, as somebody would deploy a policy (see COMPILED; it needs a C++ compiler
-and takes minutes). Updates are not: PyTorch 2.13 compiles neither MFPO's nor SMFP's.
+and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's; the two others' updates
+are slower compiled).
 
 An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
 floating-point operations in matrix products, counted by PyTorch, over the rate of one
@@ -48,6 +49,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 from benchmark.rounds import answer_rounds, seconds_per_call  # noqa: E402
 
+MODES = ("eager", "graph", "compiled")  # of our scripts; any other name is a peer's
 COMPILED = {"cpp_wrapper": True}  # for torch.compile: between the kernels, too, there is C++ and not Python
 SHAPES = {"Hopper": (11, 3), "Humanoid": (376, 17), "Dog": (223, 38)}  # Dog: of DeepMind Control, 38 actions
 
@@ -69,7 +71,7 @@ class Args:
     loop_rounds: int = 3
     """rounds of the whole loop"""
     compile: bool = False
-    """also time actions of a compiled policy"""
+    """also time actions of a compiled policy, and the script's own --compile where it has one"""
     loop_seconds: float = 15.0
     """how long a loop is timed for in a round"""
     peer: tuple[str, ...] = ()
@@ -88,6 +90,11 @@ def largest_product(script: str) -> int:
     return args.batch_size * getattr(args, "latents", 1)
 
 
+def can_compile(script: str) -> bool:
+    """Whether a script compiles its update when asked to."""
+    return hasattr(importlib.import_module(script).Args(), "compile")
+
+
 def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     """The process that is timed: one agent at random data, answering rounds."""
     module = importlib.import_module(script)
@@ -95,6 +102,8 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     torch.manual_seed(0)
     module.keep_freed_memory()
     args = module.Args()
+    if mode == "compiled" and can_compile(script):
+        args.compile = True
     module.choose_kernels(args.torch_deterministic)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
@@ -119,7 +128,7 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
 
     with FlopCounterMode(display=False) as counter:
         for i in range(args.policy_frequency):
-            learn(with_policy=i == 0)
+            module.Agent.update(agent, *buffer.sample(args.batch_size, device), i == 0)  # not compiled
     left, right = torch.randn(largest_product(script), 256, device=device), torch.randn(256, 256, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -177,11 +186,13 @@ def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
 def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
     """Training steps per second of each (script, mode) on one task, in each round."""
     modes = {"eager": ["--no-cuda-graph"], "graph": []} if torch.cuda.is_available() else {"eager": []}
+    modes |= {"compiled": ["--compile"]} if args.compile else {}
     own = ["--checkpoint-frequency", "0", "--eval-frequency", "0", "--buffer-size", "100000"]
     commands = {
         (script, mode): [sys.executable, str(ROOT / f"{script}.py"), *own, *flags]
         for script in args.scripts
         for mode, flags in modes.items()
+        if mode != "compiled" or can_compile(script)
     }
     commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.loop_peer)}
     same = ["--env-id", "benchmark.timed:Timed-v0", "--seed", "1"]
@@ -240,7 +251,7 @@ def main(args: Args) -> None:
         for key, answers in time_rounds(args, shape).items():
             add(key, shape, "ms per action", [1e3 * a["action"] for a in answers])
             add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
-            if key[1] == "compiled":
+            if key[1] == "compiled" and not can_compile(key[0]):
                 continue
             add(key, shape, "updates/s", [1 / a["update"] for a in answers])
             add(key, shape, "peak memory, MiB", [a["peak_memory"] / 2**20 for a in answers])
@@ -280,10 +291,14 @@ def table(rows) -> str:
         lines.append(f"| {script} | {mode} | {place} | " + " | ".join(cells) + " |")
     ratios = []
     for (script, mode, place, quantity), value in medians.items():
-        ours = medians.get((script, "graph", place, quantity), medians[script, "eager", place, quantity])
-        if mode not in ("eager", "graph") and quantity in ("updates/s", "training steps/s"):
-            ratios.append(f"- {script}, {place}: {ours / value:.2f} x the {quantity} of {mode}")
+        if mode not in MODES and quantity in ("updates/s", "training steps/s"):
+            for ours in MODES:
+                if (script, ours, place, quantity) in medians:
+                    ratio = medians[script, ours, place, quantity] / value
+                    ratios.append(f"- {script} ({ours}), {place}: {ratio:.2f} x the {quantity} of {mode}")
         sac = medians.get(("sac_continuous", mode, place, quantity))
+        if mode == "compiled" and not sac:  # it is fastest as it is
+            sac = medians.get(("sac_continuous", "eager", place, quantity))
         if quantity.startswith("ms") and sac and script != "sac_continuous":
             ratios.append(f"- {script} ({mode}), {place}: {value / sac:.2f} x the {quantity} of sac_continuous")
         if quantity == "training steps/s" and sac and script != "sac_continuous":
@@ -305,7 +320,7 @@ def draw(rows, path: str) -> None:
         bars = [row for row in drawn if row[2:4] == panel]
         names = [row[0].removesuffix("_continuous").upper() + f"\n{row[1]}" for row in bars]
         spread = [[row[4] - row[5] for row in bars], [row[6] - row[4] for row in bars]]
-        colors = ["#0072B2" if row[1] in ("eager", "graph") else "#999999" for row in bars]
+        colors = ["#0072B2" if row[1] in MODES else "#999999" for row in bars]
         axis.bar(names, [row[4] for row in bars], yerr=spread, color=colors)
         axis.set(title=f"{panel[0]}, {panel[1]}", yscale="log", ylim=(1, 3 * max(row[6] for row in bars)))
         axis.tick_params(labelsize=7)

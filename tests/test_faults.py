@@ -464,3 +464,10 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
         reported_by_tyro = "For full helptext" in error  # in a box of a few lines, with the flags that come near
         assert error.count("\n") == 1 or reported_by_tyro, (line, error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_a_run_cannot_be_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = command_line("mfpo_continuous", tmp_path, "--compile", "--env-id", "Pendulum-v1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    assert "--compile: PyTorch finds no working C++ compiler" in done.stderr and "no-such-compiler" in done.stderr

@@ -147,12 +147,31 @@ def trained(script, options, graphed, updates=100):
 
 
 @needs_cuda
-@pytest.mark.parametrize(("script", "options"), CASES)
+@pytest.mark.parametrize(("script", "options"), [*CASES, (CASES[1][0], CASES[1][1] | {"compile": True})])
 def test_graphed_training_equals_eager_training(script, options, deterministic):
     (eager, eager_losses), (graphed, graphed_losses) = (trained(script, options, flag) for flag in (False, True))
     torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=1e-4)
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(graphed.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_compiled_training_equals_eager_training():
+    """With the same random numbers; a low temperature would magnify their roundings."""
+    module, agents, metrics = importlib.import_module("mfpo_continuous"), [], []
+    numbers = torch.rand(100, 5, 32, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        args = module.Args(policy_proposals=4, gaussian_proposals=4, alpha=10.0, compile=compiled)
+        agent = module.Agent(11, 3, args, torch.device("cpu"))
+        agents.append(agent)
+        metrics.append([])
+        for obs, actions, rewards, terminations, next_obs in numbers:
+            batch = obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs
+            metrics[-1].append(agent.update(*batch))
+        assert ("update" in vars(agent)) == compiled
+    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)
+    for name, value in agents[0].state_dict().items():
+        torch.testing.assert_close(agents[1].state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @needs_cuda

@@ -82,16 +82,20 @@ def test_a_table_has_the_ratios():
         ("mfpo_continuous", "eager", "Hopper", "ms per action", 2.0, 1.9, 2.1),
         ("mfpo_continuous", "eager", "Hopper", "updates/s", 6.0, 5.0, 7.0),
         ("mfpo_continuous", "JAX", "Hopper", "updates/s", 4.0, 3.0, 5.0),
+        ("mfpo_continuous", "compiled", "Hopper", "updates/s", 8.0, 7.0, 9.0),
         ("sac_continuous", "graph", "Hopper-v4", "training steps/s", 900.0, 800.0, 1000.0),
         ("mfpo_continuous", "graph", "Hopper-v4", "training steps/s", 500.0, 400.0, 600.0),
         ("sac_continuous", "eager", "Hopper-v4", "training steps/s", 100.0, 90.0, 110.0),
         ("mfpo_continuous", "eager", "Hopper-v4", "training steps/s", 10.0, 9.0, 11.0),
+        ("mfpo_continuous", "compiled", "Hopper-v4", "training steps/s", 12.5, 12.0, 13.0),
     ]
     text = speed.table(rows)
     assert "- mfpo_continuous (eager), Hopper: 4.00 x the ms per action of sac_continuous" in text
-    assert "- mfpo_continuous, Hopper: 1.50 x the updates/s of JAX" in text
+    assert "- mfpo_continuous (eager), Hopper: 1.50 x the updates/s of JAX" in text
+    assert "- mfpo_continuous (compiled), Hopper: 2.00 x the updates/s of JAX" in text
     assert "- mfpo_continuous (graph), Hopper-v4: 1.80 x the training time of sac_continuous" in text
     assert "- mfpo_continuous (eager), Hopper-v4: 10.00 x the training time of sac_continuous" in text
+    assert "- mfpo_continuous (compiled), Hopper-v4: 8.00 x the training time of sac_continuous" in text
 
 
 @pytest.mark.parametrize("text", ["mfpo_continuous=x", "jax:mfpo=x", "mfpo_continuous:jax="])
