@@ -315,10 +315,10 @@ def draw(rows, path: str) -> None:
 
     drawn = [row for row in rows if row[3] in ("updates/s", "training steps/s")]
     panels = list(dict.fromkeys((row[2], row[3]) for row in drawn))
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3), layout="constrained", squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         bars = [row for row in drawn if row[2:4] == panel]
-        names = [row[0].removesuffix("_continuous").upper() + f"\n{row[1]}" for row in bars]
+        names = [f"{row[0].removesuffix('_continuous').upper()} {row[1]}".replace(" ", "\n") for row in bars]
         spread = [[row[4] - row[5] for row in bars], [row[6] - row[4] for row in bars]]
         colors = ["#0072B2" if row[1] in MODES else "#999999" for row in bars]
         axis.bar(names, [row[4] for row in bars], yerr=spread, color=colors)
