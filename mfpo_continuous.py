@@ -458,7 +458,7 @@ class ConcatLinear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """The same, and compiled in a form whose forward-mode derivative PyTorch 2.13 can compile; eagerly it is slower."""
+    """nn.LayerNorm; compiled, in a form whose forward-mode derivative PyTorch 2.13 can compile (eagerly: slower)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
