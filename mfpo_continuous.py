@@ -663,8 +663,8 @@ class Agent(nn.Module):
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
         self.q_optimizer, self.actor_optimizer = adam(self.q_parameters), adam(self.actor.parameters())
         self.divergence_optimizer, self.alpha_optimizer = adam(self.divergence.parameters()), adam([self.log_alpha])
-        if args.compile:  # with the random numbers of the eager update
-            self.update = torch.compile(self.update, options={"fallback_random": True})
+        if args.compile:  # for these shapes alone, and with the random numbers of the eager update
+            self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
     def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Mean of the critics' distributions: their minimum, or their average without clipped double Q."""
