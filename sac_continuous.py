@@ -229,7 +229,6 @@ def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
-    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # that is what is asked for
     env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     env = gym.wrappers.DtypeObservation(env, np.float32)
     return gym.wrappers.RecordEpisodeStatistics(env)
@@ -655,6 +654,7 @@ def choose_kernels(deterministic: bool) -> None:
 def train(args: Args) -> None:
     """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
     check_args(args)
+    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # which make_env asks for
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.evaluate:
         return evaluate_saved(args, device)

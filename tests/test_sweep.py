@@ -122,6 +122,7 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
     while len(running) < 2:
         name, pid = wait_for_checkpoint(tmp_path, process, but=running)
         running[name] = pid
+        time.sleep(0.2)  # past the step of that checkpoint, of 400
         os.kill(pid, signal.SIGSTOP)  # or it might be complete before the sweep is stopped
     assert processes(tmp_path) == running
     for pid in running.values():
