@@ -72,6 +72,9 @@ class Args:
     """of the tags of --also keep one row, the first, in this many steps"""
     until: int | None = None
     """leave out what runs did after this step, to compare some of unequal length"""
+    beside: tuple[Path, ...] = ()
+    """CSVs of earlier reports, whose curves of --metric are drawn too, in the panels of the tasks; where two have the
+    same task and exp_name, the later one counts, and the runs before both"""
     normalize: str = "sac_continuous"
     """the exp_name whose mean last score on a task counts as 1 in the aggregate; a return of 0 counts as 0"""
     published: Path | None = None
@@ -149,6 +152,25 @@ def read_run(folder: Path, metrics: Iterable[str] = TITLES) -> Run:
         if some:
             run.curves["train"][end] = hours[some[-1].wall_time], float(np.mean([row.value for row in some])), None
     return run
+
+
+def read_cells(path: Path, metric: str) -> Cells:
+    """The curves of one metric in the CSV of an earlier report, as runs that have nothing else."""
+    runs: dict[tuple[str, str, str], Run] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["metric"] == metric:
+                    names = {name: row[name] for name in ("env_id", "exp_name", "seed")}
+                    args = names | {"total_timesteps": "0", "num_envs": "1"}
+                    run = runs.setdefault(tuple(names.values()), Run(path, args, 0, {metric: {}}))
+                    run.curves[metric][int(row["step"])] = float(row["hours"]), float(row["value"]), None
+    except (OSError, KeyError, ValueError) as error:
+        fail(f"--beside {path} is not the CSV of a report ({type(error).__name__}: {error})")
+    cells: Cells = {}
+    for (env_id, exp_name, _), run in sorted(runs.items()):
+        cells.setdefault((env_id, exp_name), []).append(run)
+    return cells
 
 
 def stack(runs: list[Run], metric: str) -> np.ndarray:
@@ -309,7 +331,7 @@ policy. Best of N: by the critics, of N such actions; SAC plays its mean action 
 ![{title} over hours of training]({name}_hours.png)
 
 Thick: mean over the seeds at steps that all have, at the mean of their hours; thin: each seed; band: minimum to maximum
-of fewer than 5 seeds, ± one standard deviation of more.
+of fewer than 5 seeds, ± one standard deviation of more.{beside}
 
 {together}
 
@@ -327,12 +349,14 @@ seed). In the end:
 {last}"""
 
 
-def report(cells: Cells, titles: dict[str, str], published: list[dict], args: Args) -> str:
-    """Draw the pictures; returns the text of <out>.md."""
+def report(cells: Cells, beside: Cells, titles: dict[str, str], published: list[dict], args: Args) -> str:
+    """Draw the pictures, `beside` in those of the tasks; returns the text of <out>.md."""
     plt.rcParams["svg.hashsalt"] = "report"  # or the ids in an SVG are random
     for axis, kind in enumerate(("steps", "hours")):
-        draw_tasks(cells, args.metric, titles[args.metric], axis, f"{args.out}_{kind}")
-    words = {"title": titles[args.metric], "name": args.out.name, "reference": args.normalize}
+        draw_tasks(beside | cells, args.metric, titles[args.metric], axis, f"{args.out}_{kind}")
+    words = {"title": titles[args.metric], "name": args.out.name, "reference": args.normalize, "beside": ""}
+    if args.beside:
+        words["beside"] = f" Curves without a row above: {', '.join(path.name for path in args.beside)}."
     curves, why_not = {}, f"{args.metric} is no score"
     if args.metric in TITLES:
         curves, why_not = aggregate(cells, args.metric, args.normalize)
@@ -373,7 +397,12 @@ def main(args: Args) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of rows that a resume superseded
     titles = TITLES | {tag: TITLES.get(tag, tag) for tag in (args.metric, *args.also)}
     runs = [read_run(folder, titles) for folder in args.runs]
-    for run in runs if args.until is not None else ():
+    beside: Cells = {}
+    for path in args.beside:
+        beside |= read_cells(path, args.metric)
+    beside = {cell: found for cell, found in beside.items() if cell[0] in {run.env_id for run in runs}}
+    earlier = [run for found in beside.values() for run in found]
+    for run in (*runs, *earlier) if args.until is not None else ():
         run.reached, run.last_step = min(run.reached, args.until), min(run.last_step, args.until)
         for metric, curve in run.curves.items():
             run.curves[metric] = {step: point for step, point in curve.items() if step <= args.until}
@@ -408,7 +437,7 @@ def main(args: Args) -> None:
             for step, numbers in run.curves[metric].items():
                 texts = ["" if x is None else f"{x:.6g}" for x in numbers]
                 writer.writerow([run.env_id, run.exp_name, run.seed, metric, step, *texts])
-    text = report(cells, titles, published, args)
+    text = report(cells, beside, titles, published, args)
     Path(f"{args.out}.md").write_text(text, encoding="utf-8")
     print(text)
 

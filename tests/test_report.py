@@ -124,6 +124,28 @@ def test_a_metric_that_ends_earlier_says_where_and_one_without_a_common_step_say
     assert "Every run is complete." in text
 
 
+def test_curves_of_earlier_reports_are_drawn_beside(tmp_path, monkeypatch, capsys):
+    """Of the tasks at hand alone; a later file comes before an earlier one, and the runs before both."""
+    old = [write_run(tmp_path, "Ant-v4", name, seed, [seed, 2]) for name in ("sac", "a", "b") for seed in (1, 2)]
+    make([*old, write_run(tmp_path, "Hopper-v4", "sac", 1, [1, 2])], tmp_path / "first")
+    make([write_run(tmp_path, "Ant-v4", "a", 3, [5, 6, 7])], tmp_path / "second")
+    runs, drawn = [write_run(tmp_path, "Ant-v4", "b", 4, [8, 9])], []
+    monkeypatch.setattr(report, "draw", lambda panels, *rest: drawn.append(panels))
+    beside = (tmp_path / "first.csv", tmp_path / "second.csv")
+    table, rows, text = make(runs, tmp_path / "report", beside=beside, until=20_000)
+    for panels, x in zip(drawn, ([10_000, 20_000], [0.01, 0.02]), strict=True):
+        ((task, _, lines),) = panels
+        found = {name: (list(x), list(y)) for name, x, y, *_ in lines}
+        assert task == "Ant-v4" and found == {"sac": (x, [1.5, 2]), "a": (x, [5, 6]), "b": (x, [8, 9])}
+    assert table.keys() == {("Ant-v4", "b")} == {(row["env_id"], row["exp_name"]) for row in rows}
+    assert "Curves without a row above: first.csv, second.csv." in text
+    (tmp_path / "other.csv").write_text("env_id,metric\nAnt-v4,eval\n")
+    for name, reason in (("other", "KeyError: 'exp_name'"), ("missing", "FileNotFoundError")):
+        with pytest.raises(SystemExit):
+            make(runs, tmp_path / "bad", beside=(tmp_path / f"{name}.csv",))
+        assert f"{name}.csv is not the CSV of a report ({reason}" in capsys.readouterr().err
+
+
 def test_what_came_after_a_step_can_be_left_out(tmp_path):
     runs = [write_run(tmp_path, "Ant-v4", "sac_continuous", 1, [10, 20, 60])]
     runs += [write_run(tmp_path, "Ant-v4", "smfp_continuous", 1, [5, 7])]
