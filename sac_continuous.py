@@ -54,6 +54,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # which make_env asks for
+
 
 @dataclass
 class Args:
@@ -654,7 +656,6 @@ def choose_kernels(deterministic: bool) -> None:
 def train(args: Args) -> None:
     """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
     check_args(args)
-    warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # which make_env asks for
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.evaluate:
         return evaluate_saved(args, device)

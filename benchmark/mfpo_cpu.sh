@@ -47,7 +47,7 @@ more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k --seeds "${seeds[@]}")
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --total-timesteps 100000 --compile)
 "${more[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8-init32: $cheetah $init" "${flags[@]}"
 "${more[@]}" --env-ids Hopper-v4 --scripts "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
-python benchmark/report.py runs/mfpo_100k/* --until 100000 --every 1000 --also diagnostics/q_std \
+python benchmark/report.py runs/mfpo_100k/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/flow_gap \
     diagnostics/q_action_std diagnostics/entropy losses/alpha diagnostics/ess_policy diagnostics/ess_gaussian \
     --beside benchmark/results/mujoco_cpu.csv benchmark/results/mujoco_cpu2.csv --out benchmark/results/mfpo_100k

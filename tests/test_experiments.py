@@ -45,5 +45,5 @@ def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
             folders = {name for folder, name in names if folder == args.runs[0].parent}
             assert folders
             if module is report:
-                assert args.beside or any(f"__{args.normalize}__" in name for name in folders)
+                assert any(f"__{args.normalize}__" in name for name in folders)
     assert len(names) >= 12
