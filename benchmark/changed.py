@@ -1,0 +1,107 @@
+"""A peer for benchmark/speed.py: one of our scripts with an optimisation taken out, or one put in that was not kept.
+
+    python benchmark/speed.py --peer "mfpo_continuous:as if=python benchmark/changed.py mfpo_continuous concat_linear"
+
+Timed in the same rounds as the script itself, it says what the optimisation gains; benchmark/gains.sh does it for all.
+A peer's name ends in what is missing, so that the ratios read "1.3 x the updates/s of without ConcatLinear".
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+from benchmark.speed import work  # noqa: E402
+
+
+def concat_linear(module) -> None:
+    """Without: the inputs of a first layer are expanded to all candidates and concatenated."""
+
+    def forward(self, *inputs):
+        shape = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        return F.linear(torch.cat([x.expand(*shape, -1) for x in inputs], -1), self.weight, self.bias)
+
+    module.ConcatLinear.forward = forward
+
+
+def states_at_once(module) -> None:
+    """Without: MFPO's velocity estimate takes the whole batch at once."""
+    module.Agent.states_at_once = module.Args.batch_size
+
+
+def keep_freed_memory(module) -> None:
+    """Without: glibc returns freed memory to the system."""
+    module.keep_freed_memory = lambda: None
+
+
+def fused_adam(module) -> None:
+    """Without: Adam as PyTorch runs it by default, one operation per parameter and term on a CPU."""
+    adam = torch.optim.Adam
+    torch.optim.Adam = lambda *arguments, **options: adam(*arguments, **options | {"fused": False})
+
+
+def unfilled_memory(module) -> None:
+    """Without: each new tensor is filled, as PyTorch's deterministic mode does by default."""
+    choose = module.choose_kernels
+
+    def choose_and_fill(deterministic):
+        choose(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+    module.choose_kernels = choose_and_fill
+
+
+def derivative_where_needed(module) -> None:
+    """Without: the MeanFlow identity's derivative is taken for all rows of a batch, also where r = t."""
+    loss = module.Agent.meanflow_loss
+
+    def on_all_rows(self, *inputs):
+        kept, self.data_proportion = self.data_proportion, 0.0  # sample_times has drawn its r and t
+        try:
+            return loss(self, *inputs)
+        finally:
+            self.data_proportion = kept
+
+    module.Agent.meanflow_loss = on_all_rows
+
+
+def elementary_layer_norm(module) -> None:
+    """Put in: LayerNorm's compiled form, eagerly."""
+    module.LayerNorm.forward = lambda self, x: (
+        F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+    )
+
+
+def compiled_update(module) -> None:
+    """Put in: the update by torch.compile, as MFPO's --compile does it."""
+    init = module.Agent.__init__
+
+    def init_and_compile(self, *arguments):
+        init(self, *arguments)
+        self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
+
+    module.Agent.__init__ = init_and_compile
+
+
+CHANGES = (
+    concat_linear,
+    states_at_once,
+    keep_freed_memory,
+    fused_adam,
+    unfilled_memory,
+    derivative_where_needed,
+    elementary_layer_norm,
+    compiled_update,
+)
+
+if __name__ == "__main__":
+    script, change, obs_dim, action_dim = sys.argv[1:]
+    changes = {function.__name__: function for function in CHANGES}
+    if change not in changes:
+        sys.exit(f"changed.py: error: {change} is not one of {', '.join(changes)}")
+    changes[change](importlib.import_module(script))
+    work(script, "eager", int(obs_dim), int(action_dim))

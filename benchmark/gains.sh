@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What each optimisation of the scripts gains on a CPU: an update with it over one without, on one thread and on all.
+set -e
+python=${PYTHON:-python}
+peers=()
+without() { # SCRIPT CHANGE: a script without an optimisation that it has
+    peers+=(--peer "$1_continuous:without $2=$python benchmark/changed.py $1_continuous $2")
+}
+with() { # SCRIPT CHANGE: a script with one that was tried and not kept
+    peers+=(--peer "$1_continuous:with $2=$python benchmark/changed.py $1_continuous $2")
+}
+for change in concat_linear states_at_once keep_freed_memory fused_adam unfilled_memory derivative_where_needed; do
+    without mfpo $change
+done
+for change in concat_linear keep_freed_memory fused_adam unfilled_memory; do without smfp $change; done
+for change in keep_freed_memory fused_adam unfilled_memory; do without sac $change; done
+with mfpo elementary_layer_norm
+with smfp compiled_update
+with sac compiled_update
+
+for threads in 1 "$(nproc)"; do
+    $python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-5}" --shapes Hopper Humanoid --tasks \
+        "${peers[@]}" --out "benchmark/results/gains_threads$threads"
+done
