@@ -74,10 +74,10 @@ class Args:
     """also time actions of a compiled policy, and the script's own --compile where it has one"""
     loop_seconds: float = 15.0
     """how long a loop is timed for in a round"""
-    peer: tuple[str, ...] = ()
-    """SCRIPT:NAME=COMMAND of a process that follows benchmark/rounds.py"""
-    loop_peer: tuple[str, ...] = ()
-    """SCRIPT:NAME=COMMAND of a training script with CleanRL's flags"""
+    peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """SCRIPT:NAME=COMMAND of a process that follows benchmark/rounds.py; may be given more than once"""
+    loop_peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """SCRIPT:NAME=COMMAND of a training script with CleanRL's flags; may be given more than once"""
 
 
 def largest_product(script: str) -> int:
