@@ -41,7 +41,7 @@ def keep_freed_memory(module) -> None:
 def fused_adam(module) -> None:
     """Without: Adam as PyTorch runs it by default, one operation per parameter and term on a CPU."""
     adam = torch.optim.Adam
-    torch.optim.Adam = lambda *arguments, **options: adam(*arguments, **options | {"fused": False})
+    torch.optim.Adam = lambda *arguments, **options: adam(*arguments, **options | {"fused": False, "capturable": False})
 
 
 def unfilled_memory(module) -> None:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# What each optimisation of the scripts gains on a CPU: an update with it over one without, on one thread and on all.
-set -e
+# What each optimisation of the scripts gains on a CPU: updates per second with it over those without.
+#     bash benchmark/gains.sh            THREADS="1 2" for more than one thread, ROUNDS=5 for more rounds
+set -euo pipefail
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 peers=()
 without() { # SCRIPT CHANGE: a script without an optimisation that it has
@@ -18,7 +20,8 @@ with mfpo elementary_layer_norm
 with smfp compiled_update
 with sac compiled_update
 
-for threads in 1 "$(nproc)"; do
-    $python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-5}" --shapes Hopper Humanoid --tasks \
+for threads in ${THREADS:-1}; do
+    $python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
         "${peers[@]}" --out "benchmark/results/gains_threads$threads"
+    rm "benchmark/results/gains_threads$threads.png" # too many bars to read
 done

@@ -1,6 +1,7 @@
 """The speed benchmark measures what it says: against processes that sleep, and a run that it times from inside."""
 
 import importlib
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
-from benchmark import rounds, speed
+from benchmark import changed, rounds, speed
 
 ROOT = Path(__file__).parent.parent
 SLEEPER = """
@@ -102,3 +104,45 @@ def test_a_table_has_the_ratios():
 def test_a_peer_that_cannot_be_read_is_named(text):
     with pytest.raises(SystemExit, match="SCRIPT:NAME=COMMAND"):
         speed.parse_peer(text, ("mfpo_continuous",))
+
+
+def test_every_peer_is_kept():
+    args = tyro.cli(speed.Args, args=["--peer", "a:b=c", "--loop-peer", "x:y=z", "--peer", "d:e=f g"])
+    assert args.peer == ("a:b=c", "d:e=f g") and args.loop_peer == ("x:y=z",)
+
+
+def three_updates(script, change, action_dim=3) -> dict[str, list[float]]:
+    """Losses and diagnostics of three updates, by a copy of its own of the script, changed or not."""
+    spec = importlib.util.spec_from_file_location(f"{script}_{change}", ROOT / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    if change:
+        change(module)
+    torch.manual_seed(1)
+    agent = module.Agent(11, action_dim, module.Args(), torch.device("cpu"))
+    batch = torch.randn(64, 11), 2 * torch.rand(64, action_dim) - 1, torch.randn(64), torch.zeros(64)
+    rows = [agent.update(*batch, torch.randn(64, 11)) for _ in range(3)]
+    del sys.modules[spec.name]
+    return {name: [row[name].item() for row in rows] for name in rows[0]}
+
+
+@pytest.mark.parametrize(
+    "script, change",
+    [
+        ("mfpo_continuous", changed.concat_linear),
+        ("mfpo_continuous", changed.derivative_where_needed),
+        ("mfpo_continuous", changed.elementary_layer_norm),
+        ("mfpo_continuous", changed.fused_adam),
+        ("smfp_continuous", changed.concat_linear),
+        ("sac_continuous", changed.fused_adam),
+    ],
+)
+def test_what_an_optimisation_replaces_has_the_same_numbers(script, change, monkeypatch):
+    calls = []
+    expected = three_updates(script, None)
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.Adam)  # put back afterwards
+    found = three_updates(script, lambda module: calls.append(change(module)))
+    assert calls == [None] and found.keys() == expected.keys()
+    for name, values in expected.items():  # the second and third losses are those of weights that were learned
+        assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
