@@ -52,3 +52,12 @@ python benchmark/report.py runs/mfpo_100k/* --normalize mfpo-K4-8-init32 --every
     diagnostics/q_action_std diagnostics/entropy losses/alpha diagnostics/ess_policy diagnostics/ess_gaussian \
     --beside benchmark/results/mujoco_cpu.csv benchmark/results/mujoco_cpu2.csv --out benchmark/results/mfpo_100k
 python benchmark/likelihood.py runs/mfpo_100k/* --out benchmark/results/likelihood_100k
+
+# The same on Ant; and on Hopper with atoms 6 apart instead of 32.
+more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k2 --seeds "${seeds[@]}")
+"${more[@]}" --env-ids Ant-v4 --scripts "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
+"${more[@]}" --env-ids Hopper-v4 --scripts "mfpo-K4-8-init32-support500: $mfpo $init --v-min -100 --v-max 500" "${flags[@]}"
+python benchmark/report.py runs/mfpo_100k2/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
+    diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
+    diagnostics/q_action_std --beside benchmark/results/{mfpo_100k,mujoco_cpu,mujoco_cpu2}.csv \
+    --out benchmark/results/mfpo_100k2
