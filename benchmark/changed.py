@@ -1,9 +1,10 @@
 """A peer for benchmark/speed.py: one of our scripts with an optimisation taken out, or one put in that was not kept.
 
-    python benchmark/speed.py --peer "mfpo_continuous:as if=python benchmark/changed.py mfpo_continuous concat_linear"
+    python benchmark/speed.py --peer \\
+        "mfpo_continuous:without concat_linear=python benchmark/changed.py mfpo_continuous concat_linear"
 
 Timed in the same rounds as the script itself, it says what the optimisation gains; benchmark/gains.sh does it for all.
-A peer's name ends in what is missing, so that the ratios read "1.3 x the updates/s of without ConcatLinear".
+A peer's name ends in what is missing, so that the ratios read "1.3 x the updates/s of without concat_linear".
 """
 
 import importlib
@@ -61,10 +62,9 @@ def derivative_where_needed(module) -> None:
 
     def on_all_rows(self, *inputs):
         kept, self.data_proportion = self.data_proportion, 0.0  # sample_times has drawn its r and t
-        try:
-            return loss(self, *inputs)
-        finally:
-            self.data_proportion = kept
+        result = loss(self, *inputs)
+        self.data_proportion = kept
+        return result
 
     module.Agent.meanflow_loss = on_all_rows
 
@@ -87,21 +87,23 @@ def compiled_update(module) -> None:
     module.Agent.__init__ = init_and_compile
 
 
-CHANGES = (
-    concat_linear,
-    states_at_once,
-    keep_freed_memory,
-    fused_adam,
-    unfilled_memory,
-    derivative_where_needed,
-    elementary_layer_norm,
-    compiled_update,
-)
+CHANGES = {
+    function.__name__: function
+    for function in (
+        concat_linear,
+        states_at_once,
+        keep_freed_memory,
+        fused_adam,
+        unfilled_memory,
+        derivative_where_needed,
+        elementary_layer_norm,
+        compiled_update,
+    )
+}
 
 if __name__ == "__main__":
     script, change, obs_dim, action_dim = sys.argv[1:]
-    changes = {function.__name__: function for function in CHANGES}
-    if change not in changes:
-        sys.exit(f"changed.py: error: {change} is not one of {', '.join(changes)}")
-    changes[change](importlib.import_module(script))
+    if change not in CHANGES:
+        sys.exit(f"changed.py: error: {change} is not one of {', '.join(CHANGES)}")
+    CHANGES[change](importlib.import_module(script))
     work(script, "eager", int(obs_dim), int(action_dim))

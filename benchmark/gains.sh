@@ -3,13 +3,12 @@
 #     bash benchmark/gains.sh            THREADS="1 2" for more than one thread, ROUNDS=5 for more rounds
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
 peers=()
 without() { # SCRIPT CHANGE: a script without an optimisation that it has
-    peers+=(--peer "$1_continuous:without $2=$python benchmark/changed.py $1_continuous $2")
+    peers+=(--peer "$1_continuous:without $2=python benchmark/changed.py $1_continuous $2")
 }
 with() { # SCRIPT CHANGE: a script with one that was tried and not kept
-    peers+=(--peer "$1_continuous:with $2=$python benchmark/changed.py $1_continuous $2")
+    peers+=(--peer "$1_continuous:with $2=python benchmark/changed.py $1_continuous $2")
 }
 for change in concat_linear states_at_once keep_freed_memory fused_adam unfilled_memory derivative_where_needed; do
     without mfpo $change
@@ -21,7 +20,7 @@ with smfp compiled_update
 with sac compiled_update
 
 for threads in ${THREADS:-1}; do
-    $python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
+    python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
         "${peers[@]}" --out "benchmark/results/gains_threads$threads"
     rm "benchmark/results/gains_threads$threads.png" # too many bars to read
 done

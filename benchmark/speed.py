@@ -10,8 +10,8 @@ a process each, on random data: an action is one observation from NumPy to NumPy
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
 With --compile actions are timed compiled, too, as somebody would deploy a policy (see COMPILED; it needs a C++ compiler
-and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's; the two others' updates
-are slower compiled).
+and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's; for the two others'
+see benchmark/gains.sh).
 
 An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
 floating-point operations in matrix products, counted by PyTorch, over the rate of one

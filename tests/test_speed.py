@@ -111,7 +111,7 @@ def test_every_peer_is_kept():
     assert args.peer == ("a:b=c", "d:e=f g") and args.loop_peer == ("x:y=z",)
 
 
-def three_updates(script, change, action_dim=3) -> dict[str, list[float]]:
+def three_updates(script, change) -> dict[str, list[float]]:
     """Losses and diagnostics of three updates, by a copy of its own of the script, changed or not."""
     spec = importlib.util.spec_from_file_location(f"{script}_{change}", ROOT / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
@@ -120,8 +120,8 @@ def three_updates(script, change, action_dim=3) -> dict[str, list[float]]:
     if change:
         change(module)
     torch.manual_seed(1)
-    agent = module.Agent(11, action_dim, module.Args(), torch.device("cpu"))
-    batch = torch.randn(64, 11), 2 * torch.rand(64, action_dim) - 1, torch.randn(64), torch.zeros(64)
+    agent = module.Agent(11, 3, module.Args(), torch.device("cpu"))
+    batch = torch.randn(64, 11), 2 * torch.rand(64, 3) - 1, torch.randn(64), torch.zeros(64)
     rows = [agent.update(*batch, torch.randn(64, 11)) for _ in range(3)]
     del sys.modules[spec.name]
     return {name: [row[name].item() for row in rows] for name in rows[0]}
