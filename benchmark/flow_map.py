@@ -13,6 +13,7 @@ import csv
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,7 @@ def run(job: tuple[str, int, Args]) -> dict:
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         if options["velocity"] == "marginal":
             velocity = marginal_velocity(x_t, t)
-        loss = agent.meanflow_loss(agent.actor, obs, x_t, r, t, velocity, velocity)
+        loss = mfpo.meanflow_loss(partial(agent.actor, obs), x_t, r, t, velocity, velocity).mean()
         agent.actor_optimizer.zero_grad()
         loss.backward()
         agent.actor_optimizer.step()

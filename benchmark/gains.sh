@@ -10,11 +10,11 @@ without() { # SCRIPT CHANGE: a script without an optimisation that it has
 with() { # SCRIPT CHANGE: a script with one that was tried and not kept
     peers+=(--peer "$1_continuous:with $2=python benchmark/changed.py $1_continuous $2")
 }
-for change in concat_linear states_at_once keep_freed_memory fused_adam unfilled_memory derivative_where_needed; do
-    without mfpo $change
+for script in mfpo smfp; do
+    for change in concat_linear keep_freed_memory fused_adam unfilled_memory; do without $script $change; done
 done
-for change in concat_linear keep_freed_memory fused_adam unfilled_memory; do without smfp $change; done
 for change in keep_freed_memory fused_adam unfilled_memory; do without sac $change; done
+with mfpo states_by_parts
 with mfpo elementary_layer_norm
 with smfp compiled_update
 with sac compiled_update

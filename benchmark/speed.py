@@ -81,12 +81,10 @@ class Args:
 
 
 def largest_product(script: str) -> int:
-    """Rows of the largest matrix product of an update: the batch, or its part on a CPU, times samples per state."""
-    module = importlib.import_module(script)
-    args = module.Args()
+    """Rows of the largest matrix product of an update: the batch times the samples per state."""
+    args = importlib.import_module(script).Args()
     if script == "mfpo_continuous":
-        states = args.batch_size if torch.cuda.is_available() else module.Agent.states_at_once
-        return states * (args.policy_proposals + args.gaussian_proposals)
+        return args.batch_size * (args.policy_proposals + args.gaussian_proposals)
     return args.batch_size * getattr(args, "latents", 1)
 
 

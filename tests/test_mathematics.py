@@ -91,7 +91,7 @@ def test_average_divergence_network_learns_the_exact_log_prob():
         t, r = mfpo.sample_times(64, 0.25, "uniform", torch.device("cpu"))
         x_t = sigma(t) * torch.randn(64, d)
         velocity, divergence = mfpo.hutchinson_divergence(lambda x, t=t: flow(obs, x, t, t), x_t, probes)
-        loss = agent.meanflow_loss(agent.divergence, obs, x_t, r, t, velocity, divergence)
+        loss = mfpo.meanflow_loss(partial(agent.divergence, obs), x_t, r, t, velocity, divergence).mean()
         agent.divergence_optimizer.zero_grad()
         loss.backward()
         agent.divergence_optimizer.step()
@@ -126,24 +126,25 @@ def test_hutchinson_divergence_is_unbiased():
     torch.testing.assert_close(exact[:, 0], torch.stack(traces))
 
 
-def test_meanflow_target_is_a_finite_difference_along_the_flow():
+def test_meanflow_loss_is_the_distance_to_a_finite_difference_along_the_flow():
     actor = small_flow()
     obs, x, velocity = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.randn(6, 2).double()
     r, t = torch.full((6, 1), 0.2).double(), torch.full((6, 1), 0.7).double()
     network = lambda x, r, t: actor(obs, x, r, t)  # noqa: E731
     with torch.no_grad():
-        target = mfpo.meanflow_target(network, x, r, t, velocity, velocity)
         h = 1e-5
         derivative = (network(x + h * velocity, r, t + h) - network(x - h * velocity, r, t - h)) / (2 * h)
-    torch.testing.assert_close(target, velocity - 0.5 * derivative, rtol=1e-6, atol=1e-7)
+        expected = ((network(x, r, t) - velocity + 0.5 * derivative) ** 2).sum(-1)
+    loss = mfpo.meanflow_loss(network, x, r, t, velocity, velocity)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_meanflow_identity_holds_for_a_flow_with_known_average_velocity():
-    """dx/dt = x has x_r = x_t e^(r-t): average velocity x_t (1 - e^(r-t)) / (t - r) is a fixed point of the target."""
+    """dx/dt = x has x_r = x_t e^(r-t): average velocity x_t (1 - e^(r-t)) / (t - r) is its own target."""
     x = torch.randn(8, 2).double()
     r, t = torch.full((8, 1), 0.1).double(), torch.full((8, 1), 0.9).double()
     average = lambda x, r, t: x * (1 - torch.exp(r - t)) / (t - r)  # noqa: E731
-    torch.testing.assert_close(mfpo.meanflow_target(average, x, r, t, x, x), average(x, r, t))
+    torch.testing.assert_close(mfpo.meanflow_loss(average, x, r, t, x, x), torch.zeros(8).double())
 
 
 @pytest.mark.parametrize("t", [0.02, 0.1, 0.3, 0.7, 0.98])
@@ -398,16 +399,6 @@ def estimate(agent):
     return dict(zip(names, agent.estimate_velocity(obs, t, torch.tensor(0.5)), strict=True))
 
 
-def test_a_velocity_estimate_in_parts_is_that_of_each_part(monkeypatch):
-    agent, obs, t, alpha = agent_with(), batch()[0], torch.linspace(0.1, 0.9, 40)[:, None], torch.tensor(0.5)
-    torch.manual_seed(1)
-    parts = [agent.estimate_velocity(obs[i : i + 16], t[i : i + 16], alpha) for i in (0, 16, 32)]
-    monkeypatch.setattr(agent, "states_at_once", 16)
-    torch.manual_seed(1)
-    for whole, *pieces in zip(agent.estimate_velocity(obs, t, alpha), *parts, strict=True):
-        torch.testing.assert_close(whole, torch.cat(pieces), rtol=0, atol=0)
-
-
 def test_velocity_estimate_against_a_loop():
     """Draw by draw, with SciPy's truncated normal; the live critics judge, so other targets make no difference."""
     agent = agent_with(v_min=-2.0, v_max=2.0)  # Q / alpha of order 1, so that several proposals count
@@ -547,8 +538,8 @@ def test_without_meanflow_the_sampler_is_euler_and_the_regression_is_on_the_inst
         t, r = mfpo.sample_times(40, agent.data_proportion, "logit_normal", torch.device("cpu"))
         assert torch.equal(t, r)
         velocity = torch.randn(40, 2)
-        loss = agent.meanflow_loss(agent.actor, obs, noise, r, t, velocity, velocity)
-        torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).sum(-1).mean())
+        loss = mfpo.meanflow_loss(partial(agent.actor, obs), noise, r, t, velocity, velocity)
+        torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).sum(-1))
 
 
 def test_clipped_double_q_takes_the_smaller_mean_and_otherwise_the_average():

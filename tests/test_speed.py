@@ -131,9 +131,9 @@ def three_updates(script, change) -> dict[str, list[float]]:
     "script, change",
     [
         ("mfpo_continuous", changed.concat_linear),
-        ("mfpo_continuous", changed.derivative_where_needed),
         ("mfpo_continuous", changed.elementary_layer_norm),
         ("mfpo_continuous", changed.fused_adam),
+        ("mfpo_continuous", changed.states_by_parts),  # of one part here: the noise is drawn part by part
         ("smfp_continuous", changed.concat_linear),
         ("sac_continuous", changed.fused_adam),
     ],
