@@ -20,7 +20,9 @@ with smfp compiled_update
 with sac compiled_update
 
 for threads in ${THREADS:-1}; do
-    python benchmark/speed.py --threads "$threads" --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
+    # SAC last: its updates are the shortest, and what is timed first in a round has been seen to come out slow.
+    python benchmark/speed.py --scripts mfpo_continuous smfp_continuous sac_continuous --threads "$threads" \
+        --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
         "${peers[@]}" --out "benchmark/results/gains_threads$threads"
     rm "benchmark/results/gains_threads$threads.png" # too many bars to read
 done
