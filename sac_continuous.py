@@ -636,7 +636,7 @@ def parse_args(line: list[str] | None = None) -> Args:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, which it otherwise returns: the system zeroes each page that comes back.
 
-    An update of MFPO then takes a fifth to a quarter less time on one thread, one of SMFP a tenth, one of SAC no less.
+    An update of MFPO then takes about a fifth less time, one of SMFP a tenth or more, one of SAC no less.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:

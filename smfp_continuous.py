@@ -468,7 +468,7 @@ class BatchRenorm(nn.Module):
 class ConcatLinear(nn.Linear):
     """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
 
-    What all candidates of a state share is multiplied once, not for each: a quarter of an update's time at 376
+    What all candidates of a state share is multiplied once, not for each: a fifth of an update's time at 376
     observations, none at 11. The largest input comes last: then only one sum is of its size.
     """
 
@@ -892,7 +892,7 @@ def parse_args(line: list[str] | None = None) -> Args:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, which it otherwise returns: the system zeroes each page that comes back.
 
-    An update of MFPO then takes a fifth to a quarter less time on one thread, one of SMFP a tenth, one of SAC no less.
+    An update of MFPO then takes about a fifth less time, one of SMFP a tenth or more, one of SAC no less.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
     if mallopt:
