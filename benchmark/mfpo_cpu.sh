@@ -61,3 +61,10 @@ python benchmark/report.py runs/mfpo_100k2/* --normalize mfpo-K4-8-init32 --ever
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
     diagnostics/q_action_std --beside benchmark/results/{mfpo_100k,mujoco_cpu,mujoco_cpu2}.csv \
     --out benchmark/results/mfpo_100k2
+
+# The same on the two tasks that are left.
+more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k3 --seeds "${seeds[@]}")
+"${more[@]}" --env-ids Walker2d-v4 Humanoid-v4 --scripts "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
+python benchmark/report.py runs/mfpo_100k3/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
+    diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
+    diagnostics/q_action_std --beside benchmark/results/{mujoco_cpu,mujoco_cpu2}.csv --out benchmark/results/mfpo_100k3
