@@ -13,6 +13,7 @@ import pytest
 import torch
 import tyro
 
+import mfpo_continuous as mfpo
 from benchmark import changed, rounds, speed
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +134,6 @@ def three_updates(script, change) -> dict[str, list[float]]:
         ("mfpo_continuous", changed.concat_linear),
         ("mfpo_continuous", changed.elementary_layer_norm),
         ("mfpo_continuous", changed.fused_adam),
-        ("mfpo_continuous", changed.states_by_parts),  # of one part here: the noise is drawn part by part
         ("smfp_continuous", changed.concat_linear),
         ("sac_continuous", changed.fused_adam),
     ],
@@ -146,3 +146,16 @@ def test_what_an_optimisation_replaces_has_the_same_numbers(script, change, monk
     assert calls == [None] and found.keys() == expected.keys()
     for name, values in expected.items():  # the second and third losses are those of weights that were learned
         assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
+
+
+def test_a_velocity_estimate_by_parts_is_that_of_each_part(monkeypatch):
+    torch.manual_seed(0)
+    agent = mfpo.Agent(3, 2, mfpo.Args(policy_proposals=4, gaussian_proposals=6), torch.device("cpu"))
+    obs, t, alpha = torch.randn(160, 3), torch.linspace(0.1, 0.9, 160)[:, None], torch.tensor(0.5)
+    torch.manual_seed(1)
+    parts = [agent.estimate_velocity(obs[i : i + 64], t[i : i + 64], alpha) for i in (0, 64, 128)]
+    monkeypatch.setattr(mfpo.Agent, "estimate_velocity", mfpo.Agent.estimate_velocity)  # put back afterwards
+    changed.states_by_parts(mfpo)
+    torch.manual_seed(1)
+    for whole, *pieces in zip(agent.estimate_velocity(obs, t, alpha), *parts, strict=True):
+        torch.testing.assert_close(whole, torch.cat(pieces), rtol=0, atol=0)
