@@ -458,12 +458,22 @@ class ConcatLinear(nn.Linear):
         return sum(products[1:], products[0] + self.bias)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; compiled, the bias is added by what comes next, and not copied into every row of the product first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight) + self.bias
+        return super().forward(x)
+
+
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm; compiled, in a form whose forward-mode derivative PyTorch 2.13 can compile (eagerly: slower)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+            x = x - x.mean(-1, keepdim=True)
+            return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
         return super().forward(x)
 
 
@@ -475,8 +485,8 @@ class MLP(nn.Module):
         self.first = ConcatLinear(in_features, 256)
         layers = [LayerNorm(256, eps=1e-6), nn.GELU()]
         for _ in range(2):
-            layers += [nn.Linear(256, 256), LayerNorm(256, eps=1e-6), nn.GELU()]
-        self.rest = nn.Sequential(*layers, nn.Linear(256, out_features))
+            layers += [Linear(256, 256), LayerNorm(256, eps=1e-6), nn.GELU()]
+        self.rest = nn.Sequential(*layers, Linear(256, out_features))
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.rest(self.first(*inputs))
@@ -488,7 +498,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self):
         super().__init__()
         self.frequencies = nn.Parameter(0.2 * torch.randn(64))
-        self.mlp = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 64))
+        self.mlp = nn.Sequential(Linear(128, 64), nn.GELU(), Linear(64, 64))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         phase = 2 * math.pi * t * self.frequencies
@@ -982,10 +992,11 @@ def keep_freed_memory() -> None:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Set PyTorch up for training, before it first uses a GPU."""
+    """Set PyTorch up for training, before it first computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
+    torch.set_flush_denormal(True)  # Adam's averages for dead ReLUs end as denormals, which are slow on many a CPU
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
 
 

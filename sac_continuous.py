@@ -646,10 +646,11 @@ def keep_freed_memory() -> None:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """Set PyTorch up for training, before it first uses a GPU."""
+    """Set PyTorch up for training, before it first computes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
+    torch.set_flush_denormal(True)  # Adam's averages for dead ReLUs end as denormals, which are slow on many a CPU
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
 
 

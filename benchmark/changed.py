@@ -64,9 +64,12 @@ def states_by_parts(module) -> None:
 
 def elementary_layer_norm(module) -> None:
     """Put in: LayerNorm's compiled form, eagerly."""
-    module.LayerNorm.forward = lambda self, x: (
-        F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
-    )
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight + self.bias
+
+    module.LayerNorm.forward = forward
 
 
 def compiled_update(module) -> None:

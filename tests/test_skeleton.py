@@ -262,6 +262,32 @@ def test_freed_memory_is_kept():
     assert kept < 100 < 10_000 < again
 
 
+DENORMALS = """
+import sac_continuous, torch
+torch.set_num_threads(2)
+{} and sac_continuous.choose_kernels(True)
+weights = torch.nn.Parameter(torch.ones(2**16))
+optimizer = torch.optim.Adam([weights], fused=True)
+for gradient in [1.0] + 1000 * [0.0]:
+    weights.grad = torch.full_like(weights, gradient)
+    optimizer.step()
+print(optimizer.state[weights]["exp_avg"].count_nonzero().item())
+"""
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor cannot")
+def test_denormals_are_flushed_in_every_thread():
+    """Adam's averages for weights without a gradient, as those of dead ReLUs, reach 0: 0.9^1000 is below 1e-45.
+
+    Without, they stay at a denormal, for 0.9 times a small one rounds to itself. Two threads share the work.
+    """
+    kept, flushed = (
+        int(subprocess.check_output([sys.executable, "-c", DENORMALS.format(flush)], cwd=ROOT))
+        for flush in (False, True)
+    )
+    assert flushed == 0 < kept == 2**16
+
+
 def source(script):
     return (ROOT / f"{script}.py").read_text()
 
