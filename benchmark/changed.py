@@ -72,6 +72,23 @@ def elementary_layer_norm(module) -> None:
     module.LayerNorm.forward = forward
 
 
+def fused_bias(module) -> None:
+    """Without: compiled, a layer's bias is copied into every row, and the product added to it."""
+    module.Linear.forward = torch.nn.Linear.forward
+
+
+def two_pass_variance(module) -> None:
+    """Without: compiled, LayerNorm takes mean and variance in one pass, by Welford's method."""
+    eager = module.LayerNorm.forward
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+        return eager(self, x)
+
+    module.LayerNorm.forward = forward
+
+
 def compiled_update(module) -> None:
     """Put in: the update by torch.compile, as MFPO's --compile does it."""
     init = module.Agent.__init__
@@ -92,6 +109,8 @@ CHANGES = {
         unfilled_memory,
         states_by_parts,
         elementary_layer_norm,
+        fused_bias,
+        two_pass_variance,
         compiled_update,
     )
 }
@@ -101,4 +120,5 @@ if __name__ == "__main__":
     if change not in CHANGES:
         sys.exit(f"changed.py: error: {change} is not one of {', '.join(CHANGES)}")
     CHANGES[change](importlib.import_module(script))
-    work(script, "eager", int(obs_dim), int(action_dim))
+    mode = "compiled" if change in ("fused_bias", "two_pass_variance") else "eager"
+    work(script, mode, int(obs_dim), int(action_dim))

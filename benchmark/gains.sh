@@ -25,4 +25,9 @@ for threads in ${THREADS:-1}; do
         --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
         "${peers[@]}" --out "benchmark/results/gains_threads$threads"
     rm "benchmark/results/gains_threads$threads.png" # too many bars to read
+    python benchmark/speed.py --scripts mfpo_continuous --compile --threads "$threads" --rounds "${ROUNDS:-3}" \
+        --shapes Hopper Humanoid --tasks --out "benchmark/results/gains_compiled_threads$threads" \
+        --peer "mfpo_continuous:without fused_bias=python benchmark/changed.py mfpo_continuous fused_bias" \
+        --peer "mfpo_continuous:without two_pass_variance=python benchmark/changed.py mfpo_continuous two_pass_variance"
+    rm "benchmark/results/gains_compiled_threads$threads.png"
 done

@@ -68,3 +68,12 @@ more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k3 --seeds "${seeds[@]}"
 python benchmark/report.py runs/mfpo_100k3/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
     diagnostics/q_action_std --beside benchmark/results/{mujoco_cpu,mujoco_cpu2}.csv --out benchmark/results/mfpo_100k3
+
+# What keeps the temperature up on Walker2d: the paper's number of proposals, or a higher target of the entropy.
+more=(python benchmark/sweep.py --runs-dir runs/mfpo_temperature --seeds "${seeds[@]}" --env-ids Walker2d-v4)
+"${more[@]}" --scripts "mfpo-K16-32-init32: mfpo_continuous $init" "mfpo-K4-8-init32-rho0.25: $mfpo $init --rho 0.25" \
+    "${flags[@]}"
+python benchmark/report.py runs/mfpo_temperature/* --normalize mfpo-K16-32-init32 --every 1000 --also diagnostics/q_std \
+    diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
+    diagnostics/ess_gaussian diagnostics/q_action_std --beside benchmark/results/mfpo_100k3.csv \
+    --out benchmark/results/mfpo_temperature

@@ -136,10 +136,14 @@ def three_updates(script, change) -> dict[str, list[float]]:
         ("mfpo_continuous", changed.fused_adam),
         ("smfp_continuous", changed.concat_linear),
         ("sac_continuous", changed.fused_adam),
+        ("mfpo_continuous", changed.fused_bias),
+        ("mfpo_continuous", changed.two_pass_variance),
     ],
 )
 def test_what_an_optimisation_replaces_has_the_same_numbers(script, change, monkeypatch):
     calls = []
+    if change in (changed.fused_bias, changed.two_pass_variance):  # eagerly, in the form that is compiled
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     expected = three_updates(script, None)
     monkeypatch.setattr(torch.optim, "Adam", torch.optim.Adam)  # put back afterwards
     found = three_updates(script, lambda module: calls.append(change(module)))
