@@ -170,7 +170,7 @@ class Args:
     """evaluation plays the best of this many sampled actions, by the target critics; 1 plays a plain sample (paper)"""
     compile: bool = False
     """compile the update by torch.compile, which needs a C++ compiler and a minute or two; on a CPU it then takes about
-    a fifth less time, on a GPU that is unmeasured"""
+    a quarter less time, on a GPU that is unmeasured"""
 
 
 def fail(message: str) -> None:
