@@ -79,14 +79,9 @@ def fused_bias(module) -> None:
 
 def two_pass_variance(module) -> None:
     """Without: compiled, LayerNorm takes mean and variance in one pass, by Welford's method."""
-    eager = module.LayerNorm.forward
-
-    def forward(self, x):
-        if torch.compiler.is_compiling():
-            return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
-        return eager(self, x)
-
-    module.LayerNorm.forward = forward
+    module.LayerNorm.forward = lambda self, x: (
+        F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+    )
 
 
 def compiled_update(module) -> None:
@@ -114,11 +109,11 @@ CHANGES = {
         compiled_update,
     )
 }
+WHEN_COMPILED = (fused_bias, two_pass_variance)  # these differ in the compiled form alone
 
 if __name__ == "__main__":
     script, change, obs_dim, action_dim = sys.argv[1:]
     if change not in CHANGES:
         sys.exit(f"changed.py: error: {change} is not one of {', '.join(CHANGES)}")
     CHANGES[change](importlib.import_module(script))
-    mode = "compiled" if change in ("fused_bias", "two_pass_variance") else "eager"
-    work(script, mode, int(obs_dim), int(action_dim))
+    work(script, "compiled" if CHANGES[change] in WHEN_COMPILED else "eager", int(obs_dim), int(action_dim))

@@ -18,16 +18,16 @@ with mfpo states_by_parts
 with mfpo elementary_layer_norm
 with smfp compiled_update
 with sac compiled_update
+eager=("${peers[@]}") peers=()
+for change in fused_bias two_pass_variance; do without mfpo $change; done
 
 for threads in ${THREADS:-1}; do
     # SAC last: its updates are the shortest, and what is timed first in a round has been seen to come out slow.
     python benchmark/speed.py --scripts mfpo_continuous smfp_continuous sac_continuous --threads "$threads" \
         --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
-        "${peers[@]}" --out "benchmark/results/gains_threads$threads"
+        "${eager[@]}" --out "benchmark/results/gains_threads$threads"
     rm "benchmark/results/gains_threads$threads.png" # too many bars to read
     python benchmark/speed.py --scripts mfpo_continuous --compile --threads "$threads" --rounds "${ROUNDS:-3}" \
-        --shapes Hopper Humanoid --tasks --out "benchmark/results/gains_compiled_threads$threads" \
-        --peer "mfpo_continuous:without fused_bias=python benchmark/changed.py mfpo_continuous fused_bias" \
-        --peer "mfpo_continuous:without two_pass_variance=python benchmark/changed.py mfpo_continuous two_pass_variance"
+        --shapes Hopper Humanoid --tasks "${peers[@]}" --out "benchmark/results/gains_compiled_threads$threads"
     rm "benchmark/results/gains_compiled_threads$threads.png"
 done
