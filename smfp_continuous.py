@@ -1,26 +1,24 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==3.17.0",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "numpy==2.4.6",
-#     "tqdm==4.70.1",
+#     "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#     "numpy==2.4.6", "tqdm==4.70.1",
 # ]
 # ///
-"""Stochastic MeanFlow Policies (SMFP): a one-step, multimodal policy trained by entropic mirror descent.
+"""Stochastic MeanFlow Policies (SMFP): a one-step, multimodal policy, trained by
+entropic mirror descent.
 
-Paper: https://arxiv.org/abs/2605.21282. MeanFlow itself: https://arxiv.org/abs/2505.13447. Public are only the paper's
-abstract and scattered facts: one network evaluation per action; a stochastic reparameterisation with a tractable
-entropy surrogate; one objective for the entropy and a KL to the previous policy; mirror descent as a re-weighted
-MeanFlow regression; the best of K_b actions by Q for exploring and of K_t in the TD target; a CrossQ critic. The rest
-is our construction: the Gaussian head, the M-latent bound, the three terms. K_b, K_t and CrossQ are off by default.
+Paper: https://arxiv.org/abs/2605.21282. MeanFlow: https://arxiv.org/abs/2505.13447.
 
     python smfp_continuous.py --env-id Hopper-v4 --seed 1
-    python smfp_continuous.py --critic crossq --critic-width 2048 --policy-frequency 3 --policy-lr 1e-3
+    python smfp_continuous.py --env-id HalfCheetah-v4 --critic crossq
     python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
+
+Public are only the paper's abstract and scattered facts: one network evaluation per action; a stochastic
+reparameterisation with a tractable entropy surrogate; one objective for the entropy and a KL to the previous policy;
+mirror descent as a re-weighted MeanFlow regression; the best of K_b actions by Q for exploring and of K_t in the TD
+target; a CrossQ critic. The rest is our construction: the Gaussian head, the M-latent bound, the three terms. K_b, K_t
+and CrossQ are off by default.
 
     policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
     entropy   log pi_M(a|s) = log (1/M) sum_j N(y; m_j, sigma_j^2) - log |da/dy| over M latents, one of them y's own;
@@ -32,31 +30,37 @@ is our construction: the Gaussian head, the M-latent bound, the three terms. K_b
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' the slow copies
     alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
 
-In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma means that the
-policy is nearly a Gaussian (the reverse does not hold: a new policy has m = e, and one mode). The entropy bound is
-loose by at least diagnostics/entropy_gap. losses/actor_loss is the first of the actor's three terms. losses/kl is how
-far the policy is from its slow copy, diagnostics/kl_of_update how far one update moves it (both the bound above).
+In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma: the policy is
+nearly a Gaussian (the reverse does not hold: a new policy has m = e, and one mode). The entropy bound is loose by at
+least diagnostics/entropy_gap. losses/actor_loss is the first of the actor's three terms. losses/kl is how far the
+policy is from its slow copy, diagnostics/kl_of_update how far one update moves it (both the bound above).
 """
 
 import copy
-import ctypes
-import difflib
+import fcntl
+import io
 import math
 import os
 import random
+import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
 import zipfile
-from collections import deque
-from dataclasses import dataclass
-from functools import cache, partial
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, make_dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+# A thread that waits soon leaves its core to other runs. PyTorch's OpenMP reads this when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import gymnasium as gym
 import numpy as np
 import torch
@@ -66,53 +70,63 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", ".*precision lowered by casting to float32")  # which make_env asks for
-
 
 @dataclass
-class Args:
+class RunArgs:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's folder name"""
     seed: int = 1
     """seed of the networks, the noise, the replay sampling and the environments"""
-    torch_deterministic: bool = True
-    """ask PyTorch for deterministic kernels"""
-    cuda: bool = True
-    """train on the GPU when there is one"""
-    cuda_graph: bool = True
-    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
-    track: bool = False
-    """also log to Weights and Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "meanflow-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
-    capture_video: bool = False
-    """record an episode of each evaluated policy as MP4 in the run's folder (even numbers: eval, odd: eval_exploring;
-    written when the next one begins; needs `pip install moviepy`)"""
-    save_model: bool = False
-    """write the trained weights to runs/<run>/model.pt at the end"""
-    evaluate: str | None = None
-    """load this model.pt or checkpoint.pt, print the return of `eval_episodes` episodes and stop; of the other flags
-    only --seed, --capture-video and --cuda count, the rest is as saved in it"""
-    checkpoint_frequency: int = 10_000
-    """steps of each environment between two checkpoints, which hold the replay buffer too; one begins new episodes, so
-    choose more than an episode's length; 0: only when the run stops"""
-    resume: str | None = None
-    """go on with the run in this folder, under its own arguments; only `total_timesteps` may change"""
-    log_frequency: int = 100
-    """environment steps between two rows of losses and diagnostics"""
-    diagnostics_frequency: int = 1_000
-    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
-
     env_id: str = "Hopper-v4"
     """a Gymnasium id, or `module:id` to import the module that registers it"""
     total_timesteps: int = 1_000_000
     """environment steps, summed over the parallel environments"""
     num_envs: int = 1
     """environments stepped in turn, on one batch of actions"""
+    torch_deterministic: bool = True
+    """ask PyTorch for deterministic kernels"""
+    cuda: bool = True
+    """train on the GPU when there is one"""
+    cuda_graph: bool = True
+    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
+    threads: int = 4
+    """CPU threads, at most (no more than OMP_NUM_THREADS or the cores)"""
+    log_frequency: int = 100
+    """environment steps between two rows of losses and diagnostics"""
+    diagnostics_frequency: int = 1_000
+    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
+    track: bool = False
+    """also log to Weights and Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "meanflow-rl"
+    """the Weights and Biases project"""
+    wandb_entity: str | None = None
+    """the Weights and Biases team"""
+
+
+@dataclass
+class OutputArgs:
+    eval_frequency: int = 10_000
+    """environment steps between two evaluations; 0 turns them off"""
+    eval_episodes: int = 10
+    """episodes per evaluation, run as one batch"""
+    eval_max_steps: int = 10_000
+    """steps after which an evaluation episode that has not ended is cut"""
+    capture_video: bool = False
+    """record an episode of each evaluated policy in the run's folder (needs `pip install moviepy`)"""
+    evaluate: str | None = None
+    """play --eval-episodes episodes with this model.pt or checkpoint.pt, print their return, and stop"""
+    save_model: bool = False
+    """write the trained weights to runs/<run>/model.pt at the end"""
+    checkpoint_frequency: int = 10_000
+    """steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops"""
+    resume: str | None = None
+    """go on with the run in this folder; its own flags hold where no others are given"""
+
+
+@dataclass
+class TrainingArgs:
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (each episode's end takes the room of `num_envs` more)"""
+    """transitions that the replay buffer holds"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -121,12 +135,10 @@ class Args:
     """transitions per update"""
     utd_ratio: float = 1.0
     """updates per environment step"""
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 turns them off"""
-    eval_episodes: int = 10
-    """episodes per evaluation, run as one batch"""
 
-    # Algorithm specific arguments
+
+@dataclass
+class MethodArgs:
     learning_starts: int = 5_000
     """uniformly random steps before the first update (as in SAC)"""
     policy_lr: float = 3e-4
@@ -134,304 +146,42 @@ class Args:
     q_lr: float = 1e-3
     """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
     policy_frequency: int = 2
-    """updates of the critics per update of the policy, its slow copy and the temperature; 2 is faster, 1 better on four
-    goals, and MuJoCo did not decide (measured: benchmark/results/README.md, as for the flags below that say so)"""
+    """updates of the critics per update of the policy, its slow copy and the temperature (measured)"""
     autotune: bool = True
-    """learn the temperature; otherwise it stays at `alpha`"""
+    """learn the temperature; otherwise it stays at --alpha"""
     alpha: float = 1.0
     """the temperature, or its first value when it is learned (as in SAC)"""
     latents: int = 5
-    """M, latents per state: samples, components in the density of each, and proposals that the regression weights; 1
-    rewards sigma alone and leaves nothing to weight (measured: on four goals 16 does better than 5 and 5 than 1, on
-    HalfCheetah 1 learns last; 16 is two to three times the work of 5)"""
+    """M, latents per state: samples, components of the density, and proposals of the regression (measured)"""
     kl_coef: float = 0.1
-    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent
-    (measured: on four goals 0 and 1 come nearer to the optimum than 0.1, but 0 keeps the goals less in balance; MuJoCo
-    did not decide)"""
+    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent"""
     meanflow_coef: float = 1.0
-    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term (measured: it keeps four goals in
-    balance; MuJoCo did not decide)"""
-    mirror_descent_weights: bool = True
-    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation; measured:
-    no difference)"""
+    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term"""
     policy_tau: float = 0.005
     """step of the slow copy's moving average, per update of the policy (our choice, as `tau`)"""
     data_proportion: float = 0.5
     """share of the regression's batch at r = t, that is on the instantaneous velocity (our choice)"""
     behavior_candidates: int = 1
-    """K_b, exploration plays the best of this many actions by the target critics; 1 turns it off (paper: above 1;
-    measured with K_t: it sharpens four goals, MuJoCo did not decide)"""
+    """K_b, exploration plays the best of this many actions by the target critics (paper: above 1)"""
     target_candidates: int = 1
-    """K_t, the TD target takes the best, by the target critics, of this many of the M actions; 1 turns it off (paper:
-    K_b / 2)"""
+    """K_t, the TD target takes the best, by the target critics, of this many of the M actions (paper: K_b / 2)"""
     eval_candidates: int = 10
-    """evaluation plays the best of this many actions by the target critics; 1 plays a plain sample (as in MFPO)"""
+    """evaluation plays the best of this many actions by the target critics (as in MFPO)"""
     critic: Literal["sac", "crossq"] = "sac"
-    """sac: twin Q with target networks, which readers know; crossq: batch renormalisation in the critics, (s, a) and
-    (s', a') in one pass, no targets (`tau` is then without effect). CrossQ also has policy_lr 1e-3, policy_frequency 3,
-    critic_width 2048, and a normalised policy, which ours is not (measured: crossq learns HalfCheetah far sooner,
-    Pusher no sooner, and takes longer per update)"""
+    """twin Q with target networks, or CrossQ's: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
     critic_width: int = 256
-    """units in each of the critics' two hidden layers"""
+    """units in each of the critics' two hidden layers (CrossQ: 2048)"""
 
 
-def fail(message: str) -> None:
-    """Report a mistake of the user's in one line and exit with code 2, before anything is written."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+@dataclass
+class AblationArgs:
+    mirror_descent_weights: bool = True
+    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation)"""
 
 
-def first_line(error: Exception) -> str:
-    """An exception's type and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-class EnvError(Exception):
-    """An environment raised, or returned what cannot be trained on."""
-
-
-def require(args: Args, names: str, valid, expected: str) -> None:
-    """Fail at the first of the arguments `names` whose value is not `valid`; `expected` says what it must be."""
-    for name in names.split():
-        if not valid(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {expected}")
-
-
-def check_args(args: Args) -> None:
-    """Reject numbers that contradict each other or make no sense."""
-    counts = "total_timesteps num_envs buffer_size batch_size policy_frequency log_frequency eval_episodes"
-    require(args, counts, lambda x: x >= 1, "at least 1")
-    frequencies = "eval_frequency checkpoint_frequency diagnostics_frequency"
-    require(args, f"seed learning_starts {frequencies}", lambda x: x >= 0, "at least 0")
-    require(args, "exp_name", lambda x: "/" not in x, "without a /")
-    require(args, "gamma", lambda x: 0 <= x < 1, "in [0, 1)")
-    require(args, "tau", lambda x: 0 < x <= 1, "in (0, 1]")
-    require(args, "utd_ratio", lambda x: 0 < x < math.inf, "positive and finite")
-    require(args, "alpha", lambda x: 1e-30 <= x <= 1e30, "in [1e-30, 1e30]")  # float32's range, with room
-    check_algorithm(args)
-    for small, large in (
-        ("batch_size", "buffer_size"),
-        ("batch_size", "learning_starts"),
-        ("num_envs", "learning_starts"),
-        ("num_envs", "total_timesteps"),
-    ):
-        if getattr(args, small) > getattr(args, large):
-            lower, higher = (f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (large, small))
-            fail(f"{lower} is below {higher}; raise it")
-    if args.buffer_size < 4 * args.num_envs:  # an episode's end and a checkpoint together skip three rows
-        fail(f"--buffer-size {args.buffer_size} is too small for --num-envs {args.num_envs}; raise it")
-    for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
-        if getattr(args, flag) and not find_spec(package):
-            fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
-
-
-class CheckedEnv(gym.Wrapper):
-    """Turns an exception, a wrong shape or dtype, or a non-finite number from the environment into an EnvError."""
-
-    def reset(self, **options):
-        return self.checked("reset", self.env.reset, **options)
-
-    def step(self, action):
-        return self.checked("step", self.env.step, action)
-
-    def checked(self, name, function, *arguments, **options):
-        try:
-            obs, *rest = function(*arguments, **options)
-            reward = 0.0
-            if name == "step":
-                reward, _, _, _ = rest
-            obs, reward = np.asarray(obs), float(reward)
-        except Exception as error:
-            raise EnvError(f"{name} raised {first_line(error)}") from error
-        shape = self.observation_space.shape
-        if obs.shape != shape or not np.can_cast(obs.dtype, np.float32, "same_kind"):
-            raise EnvError(f"{name} returned an observation {obs.dtype} {obs.shape} instead of float32 {shape}")
-        largest = np.finfo(np.float32).max
-        if not ((np.abs(obs) <= largest).all() and abs(reward) <= largest):  # false for nan too
-            raise EnvError(f"{name} returned the observation {obs.tolist()} and the reward {reward}")
-        return obs, *rest
-
-
-def make_env(env_id: str, video_folder: str | None = None) -> gym.Env:
-    """Make one environment with flat float32 observations and actions in [-1, 1].
-
-    With `video_folder` every episode is recorded there. Exits with code 2 when the id is unknown or when the spaces
-    are not what a continuous-control algorithm on vectors can use.
-    """
-    try:
-        env = gym.make(env_id, render_mode="rgb_array") if video_folder else gym.make(env_id)
-    except Exception as error:  # an unknown id, a missing package, or a fault in the environment's own code
-        near = difflib.get_close_matches(env_id, gym.registry.keys() - {env_id}, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see gymnasium.pprint_registry()"
-        fail(f"--env-id {env_id} cannot be made ({first_line(error)}); {hint}")
-    actions, observations = env.action_space, env.observation_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
-        fail(f"--env-id {env_id} has the action space {actions}; only a one-dimensional Box is supported")
-    if not actions.is_bounded():
-        fail(f"--env-id {env_id} has unbounded actions {actions}; wrap it so that they are bounded")
-    if isinstance(observations, gym.spaces.Box) and len(observations.shape) == 3:
-        fail(f"--env-id {env_id} has image observations {observations.shape}; only vectors are supported")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        if not observations.is_np_flattenable:
-            fail(f"--env-id {env_id} has the observation space {observations}, which cannot be flattened to a vector")
-        env = gym.wrappers.FlattenObservation(env)
-    if video_folder:
-        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
-    env = CheckedEnv(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-    env = gym.wrappers.DtypeObservation(env, np.float32)
-    return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-def check_video(env_id: str) -> None:
-    """Render one frame, so that a missing package or driver shows before the run."""
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display; read when mujoco first renders
-    try:
-        env = gym.make(env_id, render_mode="rgb_array")
-        env.reset(seed=0)
-        env.render()
-        env.close()
-    except Exception as error:  # a missing package, driver or render mode, each with an exception of its own
-        fail(f"--capture-video cannot render {env_id} ({first_line(error)})")
-
-
-class ReplayBuffer:
-    """Ring of transitions of `num_envs` environments on `device`, each observation stored once.
-
-    A transition that starts at row p has its observations, actions, rewards and terminations there and its next
-    observations in row p + 1. Where the episode of any environment ends, row p + 1 holds the final observations and
-    row p + 2 those to go on from, so no transition starts at row p + 1. `starts` lists the rows where one does.
-    """
-
-    RINGS = ("observations", "actions", "rewards", "terminations", "starts")
-
-    def __init__(self, size: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.rows = size // num_envs + 1
-        self.observations = torch.zeros(self.rows, num_envs, obs_dim, device=device)
-        self.actions = torch.zeros(self.rows, num_envs, action_dim, device=device)
-        self.rewards = torch.zeros(self.rows, num_envs, device=device)
-        self.terminations = torch.zeros(self.rows, num_envs, device=device)
-        self.starts = torch.zeros(self.rows, dtype=torch.long, device=device)  # itself a ring, oldest first
-        # Counters on the host never wrap: row % rows and start % rows are the places in the two rings.
-        self.row = self.num_starts = 0
-        self.start_rows = deque()  # the rows in `starts` that are still whole
-        # Which of them, from and up to, on the device: sampling takes nothing from the host, as a CUDA graph must not.
-        self.span = torch.zeros(2, dtype=torch.long, device=device)
-
-    def add(self, obs, actions, rewards, terminations, next_obs, dones) -> None:
-        """Append one transition per environment; arrays have `num_envs` rows, `next_obs` is final where `dones`."""
-        here, there = self.row % self.rows, (self.row + 1) % self.rows
-        self.observations[here] = torch.from_numpy(obs)
-        self.observations[there] = torch.from_numpy(next_obs)
-        self.actions[here] = torch.from_numpy(actions)
-        self.rewards[here] = torch.from_numpy(rewards)
-        self.terminations[here] = torch.from_numpy(terminations)
-        self.starts[self.num_starts % self.rows].fill_(here)
-        self.start_rows.append(self.row)
-        self.num_starts += 1
-        self.skip(2 if dones.any() else 1)
-
-    def skip(self, rows: int) -> None:
-        """Move on by some rows: 1 after a step, 2 where an episode ends, so that no transition leads out of it."""
-        self.row += rows
-        # Row `self.row - self.rows` and older ones are, or will be at the next step, overwritten.
-        while self.start_rows and self.start_rows[0] <= self.row - self.rows:
-            self.start_rows.popleft()
-        self.span[0].fill_(self.num_starts - len(self.start_rows))
-        self.span[1].fill_(self.num_starts)
-
-    def state_dict(self) -> dict:
-        """The filled part of the rings, and the counters."""
-        filled = min(self.row + 1, self.rows)
-        # To the host, where there is room for it; and copied, for a view would be saved whole.
-        rings = {name: getattr(self, name)[:filled].to("cpu", copy=True) for name in self.RINGS}
-        counters = {"row": self.row, "num_starts": self.num_starts, "start_rows": torch.tensor(list(self.start_rows))}
-        return rings | counters
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` of a buffer of the same size returned."""
-        for name in self.RINGS:
-            getattr(self, name)[: len(state[name])] = state[name]
-        self.row, self.num_starts = state["row"], state["num_starts"]
-        self.start_rows = deque(state["start_rows"].tolist())
-        self.skip(0)
-
-    def sample(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw transitions uniformly with replacement.
-
-        Returns obs (B, obs_dim), actions (B, d), rewards (B,), terminations (B,) in {0, 1}, next_obs (B, obs_dim).
-        """
-        uniform = torch.rand(2, batch_size, dtype=torch.float64, device=self.span.device)
-        start = self.span[0] + (uniform[0] * (self.span[1] - self.span[0])).long()
-        row = self.starts[start % self.rows]
-        env = (uniform[1] * self.observations.shape[1]).long()
-        batch = (
-            self.observations[row, env],
-            self.actions[row, env],
-            self.rewards[row, env],
-            self.terminations[row, env],
-            self.observations[(row + 1) % self.rows, env],
-        )
-        return tuple(x.to(device) for x in batch)
-
-
-def make_buffer(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> ReplayBuffer:
-    """A replay buffer on `device` if it has room, otherwise on the host; fails where that has none either."""
-    size = args.buffer_size * (4 * (obs_dim + action_dim + 2) + 8)  # bytes: float32, and one int64 in `starts`
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        fits = int(args.buffer_size * memory / size)
-        fail(f"--buffer-size {args.buffer_size} needs {size / 2**30:.1f} GiB of {memory / 2**30:.1f}; {fits} would fit")
-    has_room = device.type == "cpu" or size < 0.8 * torch.cuda.mem_get_info()[0]
-    place = device if has_room else torch.device("cpu")
-    print(f"Training on {device}; the replay buffer takes {size / 2**30:.2f} GiB on {place}")
-    return ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, place)
-
-
-class CudaGraph:
-    """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
-
-    The inputs' shapes must be the same in every call. A replay draws fresh random numbers, and overwrites what the
-    one before returned: use or copy that first.
-    """
-
-    warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
-
-    def __init__(self, function, enabled: bool):
-        self.function, self.enabled = function, enabled
-        self.calls, self.graph = 0, None
-        self.stream = torch.cuda.Stream() if enabled else None
-
-    def __call__(self, *inputs: torch.Tensor):
-        if not self.enabled:
-            return self.function(*inputs)
-        self.calls += 1
-        if self.calls <= self.warmup:  # on a side stream, as recording will be
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.graph is None:
-            self.graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
-        for recorded, given in zip(self.inputs, inputs, strict=True):
-            recorded.copy_(given)
-        self.graph.replay()
-        return self.outputs
-
-
-def check_algorithm(args: Args) -> None:
-    """The part of `check_args` that belongs to this algorithm."""
-    counts = "latents behavior_candidates target_candidates eval_candidates critic_width"
-    require(args, counts, lambda x: x >= 1, "at least 1")
-    require(args, "policy_lr q_lr", lambda x: 0 < x < math.inf, "positive and finite")
-    require(args, "kl_coef meanflow_coef", lambda x: 0 <= x < math.inf, "at least 0 and finite")
-    require(args, "policy_tau", lambda x: 0 < x <= 1, "in (0, 1]")
-    require(args, "data_proportion", lambda x: 0 <= x <= 1, "in [0, 1]")
-    if args.target_candidates > args.latents:
-        fail(f"--target-candidates {args.target_candidates} is above --latents {args.latents}; lower it or raise M")
+@dataclass
+class Args(RunArgs, OutputArgs, TrainingArgs, MethodArgs, AblationArgs):
+    """All flags; the base classes are the groups of --help."""
 
 
 class BatchRenorm(nn.Module):
@@ -656,7 +406,11 @@ class Agent(nn.Module):
         return self.sample_actions(obs, self.args.eval_candidates)
 
     def update(self, obs, actions, rewards, terminations, next_obs, with_policy=True) -> dict[str, torch.Tensor]:
-        """One step on the critics and, `with_policy`, on the policy; returns scalars for the log."""
+        """One step on the critics and, `with_policy`, on policy, slow copy and temperature; returns scalars to log.
+
+        A change must keep three rules, or it cannot be recorded as a CUDA graph: no number is read on the host (no
+        `.item()`, no `if` on a tensor), no state of Python's changes from call to call, and shapes stay the same.
+        """
         alpha = self.log_alpha.detach().exp()
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
@@ -769,85 +523,374 @@ class Agent(nn.Module):
             "diagnostics/latent_spread": sample[1].std(1).mean().item(),
         }
 
-    def warnings(self, scalars: dict[str, float], num_updates: int) -> list[str]:
-        """What the user should know of the last logged scalars; SMFP has nothing to warn of."""
-        return []
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """Make one environment with vectors as observations and actions in [-1, 1]^d; `render`: one that can be recorded.
+
+    Exits with code 2 if the id is unknown or the spaces are not what a continuous-control algorithm can use.
+    """
+    warnings.filterwarnings("ignore", ".*is out of date")  # of the v4 tasks, which papers report
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {env_id} cannot be made: {error}")
+    actions, observations = env.action_space, env.observation_space
+    usable = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
+    if not usable or not 0 < (actions.high.astype(float) - actions.low).min(initial=1e30) < 1e30:
+        fail(f"--env-id {env_id}: its actions are {actions}; they must be a bounded Box of d floats with low < high")
+    if not observations.is_np_flattenable or len(observations.shape or ()) > 2:
+        fail(f"--env-id {env_id}: its observations are {observations}; they must be vectors")
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    if render:
+        with refusing("--capture-video: no frame can be rendered (where there is no display, try MUJOCO_GL=egl)"):
+            env.reset(seed=0)
+            env.render()
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device) -> np.ndarray:
+def own_copy(obs) -> np.ndarray:
+    """An observation as float32, copied: an environment may change the array that it returned."""
+    obs = np.array(obs, np.float32)
+    if not np.isfinite(obs).all():
+        raise FloatingPointError(f"the environment returned the observation {obs.tolist()}")
+    return obs
+
+
+def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+    """One step: the next observation (obs_dim,), reward, terminated, truncated. What else there is, is ignored."""
+    if not np.isfinite(action).all():
+        raise FloatingPointError(f"the policy's action is {action.tolist()}")
+    obs, reward, terminated, truncated, _ = env.step(action)
+    reward = np.asarray(reward, np.float64).item()
+    if not abs(reward) < 3e38:  # float32's range; false for nan, too
+        raise FloatingPointError(f"the environment returned the reward {reward}")
+    return own_copy(obs), reward, bool(terminated), bool(truncated)
+
+
+def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
+    """Seed every random generator and begin new episodes; returns their first observations (num_envs, obs_dim).
+
+    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
+    same, on a CPU bit for bit, whatever generators an environment keeps.
+    """
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    for i, env in enumerate(envs):
+        env.action_space.seed(seed + i)
+    return np.stack([own_copy(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+
+
+class ReplayBuffer:
+    """The latest `size` transitions, in rings on `device`; a row has one transition of each environment."""
+
+    def __init__(self, size: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.num_rows, self.num_envs = max(size // num_envs, 1), num_envs
+        sizes = {"obs": [obs_dim], "actions": [action_dim], "rewards": [], "terminations": [], "next_obs": [obs_dim]}
+        self.rings = {name: torch.zeros(self.num_rows, num_envs, *n, device=device) for name, n in sizes.items()}
+        self.added = 0  # rows so far
+        self.filled = torch.zeros((), device=device)  # rows to sample from; on the device, where a CUDA graph reads it
+
+    def add(self, **transition: np.ndarray) -> None:
+        """Append a row: for each ring an array of `num_envs` rows."""
+        for name, ring in self.rings.items():
+            ring[self.added % self.num_rows] = torch.from_numpy(transition[name])
+        self.added += 1
+        self.filled.fill_(min(self.added, self.num_rows))
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """Draw transitions uniformly with replacement.
+
+        Returns obs (B, obs_dim), actions (B, d), rewards (B,), terminations (B,) in {0, 1}, next_obs (B, obs_dim).
+        """
+        uniform = torch.rand(2, batch_size, dtype=torch.float64, device=self.filled.device)
+        row, env = (uniform[0] * self.filled).long(), (uniform[1] * self.num_envs).long()
+        return tuple(ring[row, env] for ring in self.rings.values())
+
+    def state_dict(self) -> dict:
+        """The filled rows, not copied. NumPy makes the views: with one of PyTorch's own, the whole ring is saved."""
+        rows = min(self.added, self.num_rows)
+        rings = {name: torch.from_numpy(ring[:rows].cpu().numpy()) for name, ring in self.rings.items()}
+        return rings | {"added": self.added}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` of a buffer of the same size returned."""
+        for name, ring in self.rings.items():
+            ring[: len(state[name])] = state[name]
+        self.added = state["added"]
+        self.filled.fill_(min(self.added, self.num_rows))
+
+
+def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_steps: int, stop=lambda: False):
     """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
 
     `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do. The
     result depends on the weights and `seed` alone; torch's random state, which training draws from, is left as it was.
+    Episodes are cut after `max_steps`. Returns None if `stop()` becomes true before the end.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    with seeded(seed, device):
+        obs = np.stack([own_copy(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
-        while running:
+        for _ in range(max_steps):
             # All environments, finished ones too: a CUDA graph needs one shape.
             actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
             for i in tuple(running):
-                obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+                obs[i], reward, terminated, truncated = step(envs[i], actions[i])
                 returns[i] += reward
                 if terminated or truncated:
                     running.remove(i)
+            if not running:
+                return returns
+            if stop():
+                return say("the evaluation was stopped and has no score")
+    warn(f"an evaluation episode had not ended after {max_steps} steps and was cut (see --eval-max-steps)")
     return returns
 
 
-def due(step: int, every: int, stride: int) -> bool:
-    """Whether a multiple of `every` lies in (step - stride, step]; never when `every` is 0."""
-    return every > 0 and step // every > (step - stride) // every
+def train(args: Args) -> None:
+    """Train from scratch or, with `--resume`, from a checkpoint. What a run does besides is in `Run`."""
+    device = set_up_torch(args)
+    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+    with refusing(f"--env-id {args.env_id} cannot be made once more, for evaluation (see --eval-frequency)"):
+        num_eval_envs = args.eval_episodes if args.eval_frequency else 0
+        eval_envs = [make_env(args.env_id, render=args.capture_video and i == 0) for i in range(num_eval_envs)]
+    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    torch.manual_seed(args.seed)
+    agent = Agent(obs_dim, action_dim, args, device)
+    with refusing(f"--buffer-size {args.buffer_size} does not fit"):
+        buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
+
+    def sample_and_update(with_policy: bool) -> dict[str, torch.Tensor]:
+        return agent.update(*buffer.sample(args.batch_size), with_policy)
+
+    graphed = args.cuda_graph and device.type == "cuda"
+    learn, act, play = (CudaGraph(f, graphed) for f in (sample_and_update, agent.sample_actions, agent.eval_actions))
+    with Run(args, agent, buffer) as run:
+        if args.capture_video and eval_envs:
+            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers are of eval, odd of eval_exploring
+            eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
+        obs = restart(envs, derive_seed(args.seed, run.global_step, 1))  # (num_envs, obs_dim)
+        returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes
+        for global_step in run.steps():
+            if global_step <= args.learning_starts:
+                actions = np.stack([env.action_space.sample() for env in envs])
+            else:
+                actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
+
+            # The update is launched before the environments step: on a GPU the two then overlap.
+            while buffer.added and run.num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
+                with_policy = (run.num_updates + 1) % args.policy_frequency == 0
+                run.metrics |= learn(with_policy=with_policy)
+                run.num_updates += 1
+
+            steps = [step(env, action) for env, action in zip(envs, actions, strict=True)]
+            next_obs, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
+            buffer.add(obs=obs, actions=actions, rewards=rewards, terminations=terminations, next_obs=next_obs)
+            run.global_step, obs = global_step, next_obs
+            returns, lengths = returns + rewards, lengths + 1
+            for i in np.flatnonzero(terminations | truncations):
+                run.log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
+                obs[i], returns[i], lengths[i] = own_copy(envs[i].reset()[0]), 0, 0
+
+            scalars = to_floats(run.metrics)  # in each step, to stop where a fault arises
+            if scalars and run.due(args.log_frequency):
+                run.log(scalars | {"charts/SPS": run.steps_per_second()})
+            if scalars and run.due(args.diagnostics_frequency):
+                with seeded(derive_seed(args.seed, global_step, 2), device):
+                    run.log(agent.diagnostics(buffer.sample(64)[0]))
+            if run.due(args.eval_frequency):
+                for tag, policy in (("eval", play), ("eval_exploring", act)):
+                    seed = derive_seed(args.seed, global_step, 0)
+                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop.is_set)
+                    if scores is not None:
+                        say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
+                        tag += "/episodic_return"
+                        run.log({tag: scores.mean(), f"{tag}_std": scores.std()})
+            if run.checkpoint_due(lengths.max()):
+                run.save()
+                obs = restart(envs, derive_seed(args.seed, global_step, 1))
+                returns[:], lengths[:] = 0, 0
+    for env in (*eval_envs, *envs):
+        env.close()
 
 
-def load_file(path: str | Path, flag: str, **options) -> dict:
-    """Read what this script saved, to the CPU; no code in it is run. Anything else ends the program with one line."""
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True, **options)
-        if saved["script"] != Path(__file__).stem:
-            raise ValueError(f"it was written by {saved['script']}.py")
-        unknown = saved["args"].keys() ^ vars(Args()).keys()
-        if unknown:
-            raise ValueError(f"it was written by another version, which differs in {', '.join(sorted(unknown))}")
-    except Exception as error:  # whatever is wrong with the file, the user must replace it
-        fail(f"{flag}: {path} is not a file that {Path(__file__).name} saved ({first_line(error)})")
-    return saved
+class Run:
+    """What a run does besides learning: its folder, log, progress, checkpoints and end.
+
+    Ctrl-C, SIGTERM and a closed terminal end it after a step, with a checkpoint. So does an exception, which is then
+    shown as it is; only numbers that are not finite (FloatingPointError) leave the last checkpoint alone.
+    """
+
+    def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
+        self.args, self.agent, self.buffer = args, agent, buffer
+        self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
+        self.saved_step = None
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.folder = Path(args.resume or f"runs/{name}")
+        if args.resume:
+            self.load()
+        else:
+            with refusing("the run's folder cannot be made"):
+                self.folder.mkdir(parents=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        with refusing(f"--resume {self.folder}: another process is training it"):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if args.track:
+            import wandb
+
+            place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.folder.name}
+            wandb.init(**place, name=self.folder.name, resume="allow", sync_tensorboard=True, config=vars(args))
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
+        if not args.resume:
+            table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.restart_step = self.log_step = self.global_step
+        self.last_step, self.log_time = args.total_timesteps // args.num_envs * args.num_envs, time.time()
+
+    def __enter__(self) -> "Run":
+        self.stop = threading.Event()  # set by a signal
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
+        return self
+
+    def on_signal(self, number: int, frame) -> None:
+        self.exit_code = 128 + number
+        if self.stop.is_set():
+            os._exit(self.exit_code)
+        self.stop.set()
+        say("stopping with a checkpoint; once more to stop at once")
+
+    def steps(self) -> Iterator[int]:
+        """The global steps that are left, up to the one at which `checkpoint_due` finds that the run ends."""
+        self.ending, stride = False, self.args.num_envs
+        # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster
+        options = {"unit": "step", "mininterval": 1, "miniters": 1, "smoothing": 0.5, "disable": None}
+        with tqdm(total=self.args.total_timesteps, initial=self.global_step, **options) as progress:
+            for global_step in range(self.global_step + stride, self.last_step + 1, stride):
+                yield global_step
+                progress.update(stride)
+                if self.ending:
+                    return
+
+    def due(self, every: int) -> bool:
+        """Whether this step is the first one at or after a multiple of `every`; never if that is 0."""
+        return every > 0 and self.global_step // every > (self.global_step - self.args.num_envs) // every
+
+    def log(self, scalars: dict[str, float]) -> None:
+        """Write scalars to TensorBoard. A full disk costs the curves and not the run."""
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, self.global_step)
+            self.writer.flush()
+        except OSError as error:
+            warn(f"TensorBoard cannot write ({error}); its rows are missing until the run is resumed")
+
+    def steps_per_second(self) -> float:
+        """Environment steps per second since the last call."""
+        steps, seconds = self.global_step - self.log_step, time.time() - self.log_time
+        self.log_step, self.log_time = self.global_step, time.time()
+        return steps / seconds
+
+    def checkpoint_due(self, longest: int) -> bool:
+        """Whether to write a checkpoint and begin new episodes; `longest` is the length of the longest one that runs.
+
+        A checkpoint waits for all episodes to end (`longest` is then 0), but at most as long again.
+        """
+        since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
+        self.ending = self.stop.is_set() or self.global_step == self.last_step
+        if 0 < 2 * every <= since == longest:
+            warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
+        return self.ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
+
+    def save(self) -> None:
+        """Write a checkpoint; if a weight is not finite, leave the last one and raise FloatingPointError."""
+        if not all(x.isfinite().all() for x in self.agent.state_dict().values()):
+            raise FloatingPointError("a network's weight is not finite")
+        self.restart_step = self.global_step
+        if write_file(self.folder / "checkpoint.pt", self.state_dict):
+            self.saved_step = self.global_step
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds."""
+        state = {name: getattr(self, name) for name in ("global_step", "num_updates", "metrics")}
+        state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers(self.agent).items()}
+        state |= {"agent": self.agent.state_dict(), "buffer": self.buffer.state_dict()}
+        return state | {"args": vars(self.args) | {"resume": None}}
+
+    def load(self) -> None:
+        """Take up what the folder's checkpoint holds; exits with code 2 if it does not fit."""
+        saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
+        with refusing(f"--resume {self.folder} does not fit"):
+            self.agent.load_state_dict(saved["agent"])
+            for name, optimizer in optimizers(self.agent).items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            self.buffer.load_state_dict(saved["buffer"])
+            self.global_step, self.num_updates = saved["global_step"], saved["num_updates"]
+            self.metrics = {name: x.to(self.agent.log_alpha.device) for name, x in saved["metrics"].items()}
+        self.saved_step = self.global_step
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        new = self.global_step > (self.saved_step or 0)
+        if new and isinstance(error, Exception) and not isinstance(error, FloatingPointError):
+            with suppress(FloatingPointError):
+                self.save()
+        complete = error is None and self.global_step >= self.last_step
+        if complete and self.args.save_model:
+            write_file(self.folder / "model.pt", lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
+        with suppress(OSError):
+            self.writer.close()
+        os.close(self.lock)
+        again = shlex.join(["python", os.path.relpath(__file__), "--resume", str(self.folder)])
+        how = "there is no checkpoint" if self.saved_step is None else f"from step {self.saved_step}: {again}"
+        if complete:
+            say(f"The run's files are in {self.folder}")
+        elif error is None:
+            say(f"stopped at step {self.global_step}; {how}")
+            sys.exit(self.exit_code)
+        else:  # shown below the traceback
+            error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
 
 
-def save_file(content: dict, path: Path) -> bool:
-    """Write `content` so that a crash at any instant leaves either the old file or the new one; False if it failed."""
+def write_file(path: Path, content) -> bool:
+    """Write what `content()` returns, whole or not at all; False, with a warning, where the disk or memory is full."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(content(), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk, mostly; torch reports some of it as RuntimeError
-        temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} was not written ({first_line(error)}); an earlier one is as it was")
+        return True
+    except (OSError, RuntimeError, MemoryError) as error:  # torch reports some of it as RuntimeError
+        say(f"warning: {path} was not written ({type(error).__name__}: {error}); an earlier one is as it was")
+        with suppress(OSError):
+            temporary.unlink()
         return False
-    return True
 
 
-def evaluate_saved(args: Args, device: torch.device) -> None:
-    """`--evaluate PATH`: load the weights in model.pt or checkpoint.pt and print the return that they reach."""
-    saved = load_file(args.evaluate, "--evaluate")
-    trained = Args(**saved["args"])
-    if args.capture_video:
-        check_video(trained.env_id)
-    video_folder = f"{Path(args.evaluate).parent}/videos_evaluate" if args.capture_video else None
-    envs = [make_env(trained.env_id, video_folder if i == 0 else None) for i in range(args.eval_episodes)]
-    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
-    agent.load_state_dict(saved["agent"])
-    for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
-        returns = evaluate(act, envs, args.seed, device)
-        print(f"{trained.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
-    for env in envs:
-        env.close()
+def load_file(path: str | Path, flag: str) -> tuple[dict, Args]:
+    """What a script has saved, on the CPU, and its arguments; no code in it is run. Exits with code 2 if unusable."""
+    with refusing(f"{flag} {path} cannot be used"):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        known, found = {field.name for field in fields(Args)}, saved["args"].keys()
+        if unknown := ", ".join(sorted(found - known)):
+            raise ValueError(f"it was made with {unknown}, which {Path(__file__).name} does not know")
+        if missing := ", ".join(sorted(known - found)):
+            warn(f"{path} was made without {missing}: the defaults are taken")
+        return saved, Args(**saved["args"])
+
+
+def to_floats(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars on the host, by one transfer; raises FloatingPointError where one is not finite."""
+    values = torch.stack(list(scalars.values())).tolist() if scalars else []
+    for name, value in zip(scalars, values, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} is {value}")
+    return dict(zip(scalars, values, strict=True))
 
 
 def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
@@ -860,258 +903,146 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
-def restart(seed: int, envs: gym.vector.VectorEnv) -> np.ndarray:
-    """Seed every random generator and begin new episodes; returns their first observations.
+@contextmanager
+def seeded(seed: int, device: torch.device):
+    """Inside, PyTorch draws from `seed`; afterwards its generators go on where they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
-    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
-    same, on a CPU bit for bit, whatever generators an environment keeps.
+
+class CudaGraph:
+    """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
+
+    There is a graph for each combination of flags and input shapes. A replay draws fresh random numbers and overwrites
+    what the one before returned: use or copy that first. What cannot be recorded runs on eagerly, with one warning.
     """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    envs.action_space.seed(seed)
-    return envs.reset(seed=seed)[0]
+
+    warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
+
+    def __init__(self, function, enabled: bool):
+        self.function, self.enabled, self.calls, self.graphs = function, enabled, Counter(), {}
+
+    def __call__(self, *inputs: torch.Tensor, **flags):
+        key = (*flags.items(), *(x.shape for x in inputs))
+        self.calls[key] += 1
+        if self.enabled and self.calls[key] > self.warmup and key not in self.graphs:
+            graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            try:
+                with torch.cuda.graph(graph):
+                    self.graphs[key] = graph, copies, self.function(*copies, **flags)
+            except RuntimeError as error:
+                warn(f"a CUDA graph cannot be recorded, so the run goes on without ({error})")
+                self.enabled = False
+        if not self.enabled or key not in self.graphs:
+            return self.function(*inputs, **flags)
+        graph, copies, outputs = self.graphs[key]
+        for recorded, given in zip(copies, inputs, strict=True):
+            recorded.copy_(given)
+        graph.replay()
+        return outputs
 
 
-def parse_args(line: list[str] | None = None) -> Args:
-    """Parse the command line; with `--resume`, the defaults are the arguments of the run that goes on."""
-    args = tyro.cli(Args, args=line)
-    if args.resume is None:
-        return args
-    saved = load_file(Path(args.resume, "checkpoint.pt"), "--resume", mmap=True)
-    args = tyro.cli(Args, args=line, default=Args(**saved["args"]))
-    for name, before in saved["args"].items():
-        now = getattr(args, name)
-        if now != before and name not in ("resume", "total_timesteps"):
-            fail(f"--{name.replace('_', '-')} {now} contradicts the run's {before}; leave it out or start a new run")
-    if args.total_timesteps < saved["global_step"] + args.num_envs:
-        fail(f"--total-timesteps {args.total_timesteps}: the run already has {saved['global_step']} steps; raise it")
-    return args
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory, which it otherwise returns: the system zeroes each page that comes back.
-
-    An update of MFPO then takes about a fifth less time, one of SMFP a tenth or more, one of SAC no less.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # None on other C libraries
-    if mallopt:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 32 * 2**20)  # the largest value: beyond are the replay buffer's rings
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def choose_kernels(deterministic: bool) -> None:
-    """Set PyTorch up for training, before it first computes."""
+def set_up_torch(args: Args) -> torch.device:
+    """Set PyTorch up before it first computes; returns the device to train on."""
+    torch.set_num_threads(min(args.threads, torch.get_num_threads()))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
     torch.set_flush_denormal(True)  # Adam's averages for dead ReLUs end as denormals, which are slow on many a CPU
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def train(args: Args) -> None:
-    """Train from scratch or from a checkpoint; everything that the run writes goes to one folder under runs/."""
-    check_args(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.evaluate:
-        return evaluate_saved(args, device)
-    if args.capture_video:
-        check_video(args.env_id)
+LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
+LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
+LIMITS |= {name: (0, 1e30) for name in ("diagnostics_frequency", "kl_coef", "meanflow_coef")}
+LIMITS |= {"policy_tau": (1e-30, 1), "data_proportion": (0, 1)}
+CONFLICTS = [  # of flags: a test of args, and what to say where it is true
+    (lambda args: args.target_candidates > args.latents, "--target-candidates must not be above --latents"),
+]
 
-    choose_kernels(args.torch_deterministic)
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args.env_id)] * args.num_envs, autoreset_mode="SameStep")
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    obs = restart(args.seed, envs)
-    agent = Agent(obs_dim, action_dim, args, device)
-    buffer = make_buffer(args, obs_dim, action_dim, device)
 
-    start_step, num_updates, metrics = 0, 0, {}
-    if args.resume:
-        run = Path(args.resume)
-        saved = load_file(run / "checkpoint.pt", "--resume")
-        try:
-            agent.load_state_dict(saved["agent"])
-            for name, optimizer in optimizers(agent).items():
-                optimizer.load_state_dict(saved["optimizers"][name])
-            buffer.load_state_dict(saved["buffer"])
-            start_step, num_updates = saved["global_step"], saved["num_updates"]
-            metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
-        except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"--resume: {run}/checkpoint.pt is not of this task and network ({first_line(error)})")
-        del saved  # the replay buffer is in it
-        obs = restart(derive_seed(args.seed, start_step, 1), envs)
-    else:
-        env_name = args.env_id.replace("/", "-").replace(":", "-")
-        run = Path("runs", f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-        while True:  # another run of the same second has the name already
-            try:
-                run.mkdir(parents=True)
-                break
-            except FileExistsError:
-                run = run.with_name(run.name + "x")
-
-    video_folder = f"{run}/videos_from_{start_step}" if args.capture_video else None
-    num_eval_envs = args.eval_episodes if args.eval_frequency else 0
-    eval_envs = [make_env(args.env_id, video_folder if i == 0 else None) for i in range(num_eval_envs)]
+def check_args(args: Args) -> None:
+    """Refuse numbers that make no sense, flags that contradict each other, and what is not installed."""
+    for name, value in vars(args).items():
+        low, high = LIMITS.get(name, (1 if type(value) is int else 1e-30, 1e30))
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}")
+    for found, message in CONFLICTS:
+        if found(args):
+            fail(message)
+    for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
+        if getattr(args, flag) and not find_spec(package):
+            fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
     if args.track:
-        import wandb
+        with refusing("--track: there is no access to Weights and Biases"):
+            __import__("wandb").login()
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=run.name,
-            id=run.name,
-            resume="allow",
-            save_code=True,
-        )
-    writer = SummaryWriter(str(run), purge_step=start_step + 1 if args.resume else None)
-    if not args.resume:
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    # When TensorBoard's thread dies of a full disk, our next call to it says so.
-    threading.excepthook = lambda hook: hook.exc_type is OSError or threading.__excepthook__(hook)
 
-    @cache  # says it once
-    def warn(message: str) -> None:
-        tqdm.write(f"warning: {message}")
+def parse_args(line: list[str] | None = None, default: Args | None = None) -> Args:
+    """The flags, checked. With `--resume`, those that are not given are the ones of the run that goes on."""
+    values = vars(default or Args())
+    kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__}  # the groups of --help
+    groups = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in kinds.items()}
+    description = textwrap.indent("\n\n".join(__doc__.split("\n\n")[:3]), " ")  # tyro keeps lines that begin so
+    options = {"args": line, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+    flags = make_dataclass("Flags", kinds.items())
+    parsed = tyro.cli(flags, default=flags(**groups), **options)
+    args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    if args.resume is not None and default is None:
+        return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
+    check_args(args)
+    return args
 
-    def log(scalars: dict[str, float], step: int) -> None:
-        try:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-        except OSError as error:  # a full disk, mostly; it costs the curves and not the run
-            warn(f"TensorBoard cannot write ({error}); its rows are missing until the run is resumed")
 
-    signals = []  # Ctrl-C and SIGTERM end the loop after the step at hand, with a checkpoint
-
-    def on_signal(number, frame):
-        signals.append(number)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)  # the second one stops at once
-        tqdm.write("stopping with a checkpoint; once more to stop at once")
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    graphed = args.cuda_graph and device.type == "cuda"
-    # From a buffer on the host, sampling copies, which no graph can record: it is then left out.
-    with_sampling = graphed and buffer.observations.is_cuda
-    learn = {x: CudaGraph(partial(agent.update, with_policy=x), graphed and not with_sampling) for x in (False, True)}
-
-    def update(with_policy: bool):
-        batch = buffer.sample(args.batch_size, device)
-        return batch, learn[with_policy](*batch)
-
-    updates = {x: CudaGraph(partial(update, x), with_sampling) for x in (False, True)}
-    act = CudaGraph(agent.sample_actions, graphed)
-    policies = {"eval": agent.eval_actions, "eval_exploring": agent.sample_actions}
-    players = {tag: CudaGraph(policy, graphed) for tag, policy in policies.items()}  # of `eval_episodes` rows
-
-    restart_step = start_step  # when all environments began new episodes together
-    safe_step = start_step if args.resume else None  # of the checkpoint on the disk
-    batch = ending = None
-    start_time, last_return = time.time(), math.nan
-    progress = tqdm(total=args.total_timesteps, initial=start_step, unit="step", mininterval=1.0, disable=None)
-    last_step = args.total_timesteps - args.total_timesteps % args.num_envs
-    try:
-        for global_step in range(start_step + args.num_envs, last_step + 1, args.num_envs):
-            if global_step <= args.learning_starts:
-                actions = envs.action_space.sample()
-            else:
-                actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
-
-            # The update is launched before the environment steps: on a GPU the two then overlap.
-            while num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
-                num_updates += 1
-                with_policy = num_updates % args.policy_frequency == 0
-                batch, losses = updates[with_policy]()
-                metrics |= losses
-
-            next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-            dones = terminations | truncations
-            final_obs = next_obs.copy()  # next_obs is already the next episode's first one where an episode ended
-            for i in np.flatnonzero(dones):
-                final_obs[i] = infos["final_obs"][i]
-                episode = infos["final_info"]["episode"]
-                last_return = episode["r"][i]
-                log({"charts/episodic_return": last_return, "charts/episodic_length": episode["l"][i]}, global_step)
-            buffer.add(obs, actions, rewards, terminations, final_obs, dones)
-            progress.update(args.num_envs)
-
-            if metrics:  # looked at in every step, to stop where a fault arises; the next action waits for them anyway
-                scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                for name, value in scalars.items():
-                    if not math.isfinite(value):
-                        raise FloatingPointError(f"{name} is {value}")
-                if due(global_step, args.log_frequency, args.num_envs):
-                    sps = (global_step - start_step) / (time.time() - start_time)
-                    log(scalars | {"charts/SPS": sps}, global_step)
-                    progress.set_postfix_str(f"return {last_return:.1f}", refresh=False)
-                    for message in agent.warnings(scalars, num_updates):
-                        warn(message)
-                if due(global_step, args.diagnostics_frequency, args.num_envs):
-                    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training's stays as it is
-                        torch.manual_seed(derive_seed(args.seed, global_step, 2))
-                        log(agent.diagnostics(buffer.sample(64, device)[0]), global_step)
-            if due(global_step, args.eval_frequency, args.num_envs):
-                for tag, play in players.items():
-                    returns = evaluate(play, eval_envs, derive_seed(args.seed, global_step, 0), device)
-                    mean, std = returns.mean(), returns.std()
-                    log({f"{tag}/episodic_return": mean, f"{tag}/episodic_return_std": std}, global_step)
-                    tqdm.write(f"step {global_step}: {tag} return {mean:.1f} +- {std:.1f}")
-            obs = next_obs
-
-            # A checkpoint begins new episodes, so it waits for the running ones to end, but at most as long again.
-            since, every = (global_step - restart_step) // args.num_envs, args.checkpoint_frequency
-            checkpoint_due = 0 < every <= since and (dones.all() or since >= 2 * every)
-            if checkpoint_due or signals or global_step == last_step:
-                if not all(x.isfinite().all() for x in agent.state_dict().values()):
-                    raise FloatingPointError("a network's weight is not finite")
-                buffer.skip(1)  # the next row begins an episode
-                saved = {
-                    "script": Path(__file__).stem,
-                    "args": vars(args) | {"resume": None},
-                    "global_step": global_step,
-                    "num_updates": num_updates,
-                    "metrics": metrics,
-                    "agent": agent.state_dict(),
-                    "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers(agent).items()},
-                    "buffer": buffer.state_dict(),
-                }
-                if save_file(saved, run / "checkpoint.pt"):
-                    safe_step = global_step
-                del saved["buffer"]  # a copy of all that is in it
-                restart_step = global_step
-                obs = restart(derive_seed(args.seed, global_step, 1), envs)
-                if signals and global_step < last_step:
-                    ending, exit_code = f"stopped at step {global_step}", 128 + signals[0]
-                    break
-    except (EnvError, FloatingPointError) as error:
-        evidence = {"error": str(error), "global_step": global_step, "obs": torch.from_numpy(obs), "batch": batch}
-        save_file(evidence | {"actions": torch.from_numpy(actions)}, run / "fault.pt")
-        ending = f"error: {error}, at step {global_step} (seed {args.seed}); what led there is in {run}/fault.pt"
-        exit_code = 1
-    progress.close()
-    threading.excepthook = threading.__excepthook__
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for env in (envs, *eval_envs):
+def evaluate_saved(args: Args) -> None:
+    """`--evaluate PATH`: print the returns of the weights in a model.pt or checkpoint.pt."""
+    saved, trained = load_file(args.evaluate, "--evaluate")
+    device = set_up_torch(args)
+    envs = [make_env(trained.env_id, args.capture_video and i == 0) for i in range(args.eval_episodes)]
+    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
+    with refusing(f"--evaluate {args.evaluate} does not fit {trained.env_id}"):
+        agent.load_state_dict(saved["agent"])
+    if args.capture_video:
+        videos = f"{Path(args.evaluate).parent}/videos_evaluate"
+        envs[0] = gym.wrappers.RecordVideo(envs[0], videos, lambda episode: True)
+    for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
+        returns = evaluate(act, envs, args.seed, device, args.eval_max_steps)
+        say(f"{trained.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
+    for env in envs:
         env.close()
-    if ending:
-        again = f"python {Path(__file__).name} --resume {run}"
-        print(f"{ending}; " + ("there is no checkpoint" if safe_step is None else f"from step {safe_step}: {again}"))
-        sys.exit(exit_code)
-    if args.save_model:
-        save_file({name: saved[name] for name in ("script", "args", "agent")}, run / "model.pt")
-    print(f"The run's files are in {run}")
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar; drop it where it cannot be printed (no reader, a full disk)."""
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: a signal came in the middle of another print
+        tqdm.write(line.replace("\n", " "))
+
+
+@cache
+def warn(message: str) -> None:
+    """Say it, but only once."""
+    say(f"warning: {message}")
+
+
+def fail(message: str) -> None:
+    """Report a mistake of the user's in one line and exit with code 2."""
+    print(f"{Path(__file__).name}: error: {message}".replace("\n", " "), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def refusing(what: str):
+    """Whatever goes wrong inside is reported in one line, and the program exits with code 2."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    try:
-        train(parse_args())
-    except EnvError as error:  # before the run, or with --evaluate
-        fail(f"the environment cannot be used: {error}")
+    # Without a buffer of Python's, lines appear at once, and one that cannot be printed is no burden to the next.
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), sys.stdout.encoding, write_through=True)
+    args = parse_args()
+    train(args) if args.evaluate is None else evaluate_saved(args)
