@@ -140,8 +140,8 @@ class MethodArgs:
 
 
 @dataclass
-class Args(RunArgs, OutputArgs, TrainingArgs, MethodArgs):
-    """All flags; the base classes are the groups of --help."""
+class Args(MethodArgs, TrainingArgs, OutputArgs, RunArgs):
+    """All flags, in the order of the base classes from last to first, which are the groups of --help."""
 
 
 class SoftQNetwork(nn.Module):
@@ -293,7 +293,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         fail(f"--env-id {env_id} cannot be made: {error}")
     actions, observations = env.action_space, env.observation_space
     usable = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
-    if not usable or not 0 < (actions.high.astype(float) - actions.low).min(initial=1e30) < 1e30:
+    width = actions.high.astype(float) - actions.low if usable else np.zeros(0)
+    if width.size == 0 or not 0 < width.min() <= width.max() < 1e30:
         fail(f"--env-id {env_id}: its actions are {actions}; they must be a bounded Box of d floats with low < high")
     if not observations.is_np_flattenable or len(observations.shape or ()) > 2:
         fail(f"--env-id {env_id}: its observations are {observations}; they must be vectors")
@@ -306,9 +307,9 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def own_copy(obs) -> np.ndarray:
-    """An observation as float32, copied: an environment may change the array that it returned."""
-    obs = np.array(obs, np.float32)
+def own_copy(env: gym.Env, obs) -> np.ndarray:
+    """An observation as float32 (obs_dim,), copied: an environment may change the array that it returned."""
+    obs = np.array(obs, np.float32).reshape(env.observation_space.shape)
     if not np.isfinite(obs).all():
         raise FloatingPointError(f"the environment returned the observation {obs.tolist()}")
     return obs
@@ -322,7 +323,7 @@ def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, boo
     reward = np.asarray(reward, np.float64).item()
     if not abs(reward) < 3e38:  # float32's range; false for nan, too
         raise FloatingPointError(f"the environment returned the reward {reward}")
-    return own_copy(obs), reward, bool(terminated), bool(truncated)
+    return own_copy(env, obs), reward, bool(terminated), bool(truncated)
 
 
 def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
@@ -334,7 +335,7 @@ def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     for i, env in enumerate(envs):
         env.action_space.seed(seed + i)
-    return np.stack([own_copy(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+    return np.stack([own_copy(env, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
 
 
 class ReplayBuffer:
@@ -385,7 +386,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_step
     Episodes are cut after `max_steps`. Returns None if `stop()` becomes true before the end.
     """
     with seeded(seed, device):
-        obs = np.stack([own_copy(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+        obs = np.stack([own_copy(env, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
         for _ in range(max_steps):
             # All environments, finished ones too: a CUDA graph needs one shape.
@@ -446,7 +447,7 @@ def train(args: Args) -> None:
             returns, lengths = returns + rewards, lengths + 1
             for i in np.flatnonzero(terminations | truncations):
                 run.log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
-                obs[i], returns[i], lengths[i] = own_copy(envs[i].reset()[0]), 0, 0
+                obs[i], returns[i], lengths[i] = own_copy(envs[i], envs[i].reset()[0]), 0, 0
 
             scalars = to_floats(run.metrics)  # in each step, to stop where a fault arises
             if scalars and run.due(args.log_frequency):
@@ -546,7 +547,7 @@ class Run:
         """Environment steps per second since the last call."""
         steps, seconds = self.global_step - self.log_step, time.time() - self.log_time
         self.log_step, self.log_time = self.global_step, time.time()
-        return steps / seconds
+        return steps / max(seconds, 1e-9)
 
     def checkpoint_due(self, longest: int) -> bool:
         """Whether to write a checkpoint and begin new episodes; `longest` is the length of the longest one that runs.
@@ -679,20 +680,28 @@ class CudaGraph:
 
     def __init__(self, function, enabled: bool):
         self.function, self.enabled, self.calls, self.graphs = function, enabled, Counter(), {}
+        self.stream = torch.cuda.Stream() if enabled else None  # PyTorch wants warming up off its default stream
 
     def __call__(self, *inputs: torch.Tensor, **flags):
+        if not self.enabled:
+            return self.function(*inputs, **flags)
         key = (*flags.items(), *(x.shape for x in inputs))
         self.calls[key] += 1
-        if self.enabled and self.calls[key] > self.warmup and key not in self.graphs:
+        if self.calls[key] <= self.warmup:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs, **flags)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
             graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=self.stream):
                     self.graphs[key] = graph, copies, self.function(*copies, **flags)
             except RuntimeError as error:
                 warn(f"a CUDA graph cannot be recorded, so the run goes on without ({error})")
                 self.enabled = False
-        if not self.enabled or key not in self.graphs:
-            return self.function(*inputs, **flags)
+                return self.function(*inputs, **flags)
         graph, copies, outputs = self.graphs[key]
         for recorded, given in zip(copies, inputs, strict=True):
             recorded.copy_(given)
@@ -726,6 +735,10 @@ def check_args(args: Args) -> None:
     for found, message in CONFLICTS:
         if found(args):
             fail(message)
+    if args.total_timesteps < args.num_envs:
+        fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
+    if len(args.exp_name) > 100:
+        fail(f"--exp-name is too long for a folder's name: {args.exp_name}")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag) and not find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
@@ -737,7 +750,7 @@ def check_args(args: Args) -> None:
 def parse_args(line: list[str] | None = None, default: Args | None = None) -> Args:
     """The flags, checked. With `--resume`, those that are not given are the ones of the run that goes on."""
     values = vars(default or Args())
-    kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__}  # the groups of --help
+    kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__[::-1]}
     groups = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in kinds.items()}
     description = textwrap.indent("\n\n".join(__doc__.split("\n\n")[:3]), " ")  # tyro keeps lines that begin so
     options = {"args": line, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}

@@ -42,13 +42,14 @@ def fused_adam(module) -> None:
 
 def unfilled_memory(module) -> None:
     """Without: each new tensor is filled, as PyTorch's deterministic mode does by default."""
-    choose = module.choose_kernels
+    set_up = module.set_up_torch
 
-    def choose_and_fill(deterministic):
-        choose(deterministic)
+    def set_up_and_fill(args):
+        device = set_up(args)
         torch.utils.deterministic.fill_uninitialized_memory = True
+        return device
 
-    module.choose_kernels = choose_and_fill
+    module.set_up_torch = set_up_and_fill
 
 
 def states_by_parts(module) -> None:
@@ -57,7 +58,7 @@ def states_by_parts(module) -> None:
 
     def by_parts(self, obs, t, alpha):
         parts = [whole(self, *part, alpha) for part in zip(obs.split(64), t.split(64), strict=True)]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        return module.VelocityEstimate(*map(torch.cat, zip(*parts, strict=True)))
 
     module.Agent.estimate_velocity = by_parts
 

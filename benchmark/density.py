@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.report import spread
+from benchmark.report import script_of, spread
 from tests.multigoal import GOALS, boltzmann
 
 CELLS = 16
@@ -48,7 +48,7 @@ class Args:
 def load_agent(run: Path):
     """The agent in a run's last checkpoint, with the arguments it was trained under."""
     saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    script = importlib.import_module(saved["script"])
+    script = importlib.import_module(script_of(saved["args"]))
     args = script.Args(**saved["args"])
     agent = script.Agent(1, 2, args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])

@@ -142,7 +142,9 @@ def run(job: tuple[str, int, Args]) -> dict:
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         if options["velocity"] == "marginal":
             velocity = marginal_velocity(x_t, t)
-        loss = mfpo.meanflow_loss(partial(agent.actor, obs), x_t, r, t, velocity, velocity).mean()
+        loss = mfpo.meanflow_loss(
+            partial(agent.actor, obs), x_t=x_t, r=r, t=t, velocity=velocity, instantaneous=velocity
+        ).mean()
         agent.actor_optimizer.zero_grad()
         loss.backward()
         agent.actor_optimizer.step()

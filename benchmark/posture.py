@@ -44,7 +44,7 @@ def posture(run: Path, every: int) -> list[dict]:
     if "HalfCheetah" not in args["env_id"]:
         fail(f"{run} is a run on {args['env_id']}, not on HalfCheetah; leave it out")
     stride = args["num_envs"]
-    observations = buffer["observations"][buffer["start_rows"] % len(buffer["observations"])]  # oldest first
+    observations = buffer["obs"].roll(-buffer["added"], 0)  # the row to be written next is the oldest; now it is first
     steps = saved["global_step"] - stride * torch.arange(len(observations) - 1, -1, -1)
     rows = []
     for last in range(every, saved["global_step"] + 1, every):

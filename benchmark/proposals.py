@@ -54,12 +54,11 @@ class Args:
 
 def load(run: Path, states: int) -> tuple[mfpo.Agent, torch.Tensor]:
     """A run's agent, and observations (states, obs_dim) drawn from its replay buffer."""
-    saved = mfpo.load_file(run / "checkpoint.pt", "runs")
+    saved, args = mfpo.load_file(run / "checkpoint.pt", "runs")
     buffer = saved["buffer"]
-    agent = mfpo.Agent(buffer["observations"].shape[-1], buffer["actions"].shape[-1], mfpo.Args(**saved["args"]), CPU)
+    agent = mfpo.Agent(buffer["obs"].shape[-1], buffer["actions"].shape[-1], args, CPU)
     agent.load_state_dict(saved["agent"])
-    rows = buffer["start_rows"] % len(buffer["observations"])
-    return agent, buffer["observations"][rows[torch.randint(len(rows), (states,))], 0]
+    return agent, buffer["obs"][torch.randint(len(buffer["obs"]), (states,)), 0]
 
 
 @torch.no_grad()
@@ -93,7 +92,8 @@ def measure(run: Path, args: Args) -> list[dict]:
             agent.args = mfpo.Args(**vars(trained) | {"proposals": "both"} | flags)
             repeated = obs.repeat(args.repeats, 1)
             t, _ = mfpo.sample_times(len(repeated), trained.data_proportion, trained.time_distribution, CPU)
-            x_t, velocity, _, _, ess_policy, ess_gaussian, _ = agent.estimate_velocity(repeated, t, torch.tensor(alpha))
+            estimate = agent.estimate_velocity(repeated, t, torch.tensor(alpha))
+            x_t, velocity = estimate.x_t, estimate.velocity
             exact = torch.empty_like(x_t)
             for i in range(args.states):
                 mine = slice(i, None, args.states)
@@ -103,7 +103,10 @@ def measure(run: Path, args: Args) -> list[dict]:
             rows.append(
                 {"task": trained.env_id, "run": run.name, "alpha": alpha, "K1 : K2": name}
                 | {part: errors[chosen].mean().sqrt().item() for part, chosen in parts.items()}
-                | {"ESS, policy": ess_policy.mean().item(), "ESS, Gaussian": ess_gaussian.mean().item()}
+                | {
+                    "ESS, policy": estimate.ess_policy.mean().item(),
+                    "ESS, Gaussian": estimate.ess_gaussian.mean().item(),
+                }
             )
     return rows
 

@@ -87,6 +87,11 @@ class Args:
     """when the runs were made; by default the day on which the report is written"""
 
 
+def script_of(args: dict) -> str:
+    """The script with these flags, or with nearly the same if the run is of another version."""
+    return min(DEFAULTS, key=lambda name: len(DEFAULTS[name].keys() ^ args.keys()))
+
+
 @dataclass
 class Run:
     folder: Path
@@ -98,8 +103,7 @@ class Run:
         self.env_id, self.exp_name, self.seed = self.args["env_id"], self.args["exp_name"], int(self.args["seed"])
         self.last_step = int(self.args["total_timesteps"])
         self.last_step -= self.last_step % int(self.args["num_envs"])
-        # The script is the one with the same flags, or nearly if the run is of another version.
-        self.script = min(DEFAULTS, key=lambda name: len(DEFAULTS[name].keys() ^ self.args.keys()))
+        self.script = script_of(self.args)
 
 
 def fail(message: str) -> None:

@@ -98,26 +98,28 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     module = importlib.import_module(script)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    module.keep_freed_memory()
-    args = module.Args()
+    if hasattr(module, "keep_freed_memory"):
+        module.keep_freed_memory()
+    args = module.Args(threads=torch.get_num_threads())
     if mode == "compiled" and can_compile(script):
         args.compile = True
-    module.choose_kernels(args.torch_deterministic)
+    module.set_up_torch(args)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
     observations, actions = np.random.randn(1001, 1, obs_dim), np.random.uniform(-1, 1, (1000, 1, action_dim))
-    zero, false = np.zeros(1), np.zeros(1, bool)
+    zero = np.zeros(1)
     for i in range(1000):
-        buffer.add(observations[i], actions[i], zero, zero, observations[i + 1], false)
+        transition = {"obs": observations[i], "actions": actions[i], "next_obs": observations[i + 1]}
+        buffer.add(**transition, rewards=zero, terminations=zero)
 
     def learn(with_policy):
-        return agent.update(*buffer.sample(args.batch_size, device), with_policy)
+        return agent.update(*buffer.sample(args.batch_size), with_policy)
 
     graphed, count = mode == "graph", itertools.count(1)
-    kinds = [module.CudaGraph(partial(learn, with_policy), graphed) for with_policy in (False, True)]
+    learn_graphed = module.CudaGraph(learn, graphed)
 
     def update():
-        return kinds[next(count) % args.policy_frequency == 0]()
+        return learn_graphed(with_policy=next(count) % args.policy_frequency == 0)
 
     obs = torch.randn(1, obs_dim).numpy()
 

@@ -97,8 +97,8 @@ class Run:
         return step + self.args["num_envs"] > self.args["total_timesteps"]
 
     def folders(self) -> list[Path]:
-        """The folders of this name, oldest first; the script appends an x to the time if the name is taken."""
-        pattern = re.compile(re.escape(self.name) + r"__\d+x*")
+        """The folders of this name, oldest first."""
+        pattern = re.compile(re.escape(self.name) + r"__\d+")
         return sorted(path for path in self.runs_dir.glob("*") if pattern.fullmatch(path.name))
 
     def checkpoint(self) -> Path | None:
@@ -132,13 +132,12 @@ def plan(args: Args) -> list[Run]:
         line = ["--env-id", env_id, "--exp-name", name, "--seed", str(seed), *args.flags, *flags]
         module = importlib.import_module(script)
         parsed = module.parse_args(line)
-        module.check_args(parsed)
         ours = (parsed.env_id, parsed.exp_name, parsed.seed, parsed.evaluate, parsed.resume)
         if ours != (env_id, name, seed, None, None):
             fail(f"--scripts {entry!r}: leave --env-id, --exp-name, --seed, --evaluate and --resume to the sweep")
         if (seed, entry) == (args.seeds[0], args.scripts[0]):
             module.make_env(env_id).close()
-        name = f"{re.sub('[/:]', '-', env_id)}__{name}__{seed}"
+        name = re.sub("[/:]", "-", f"{env_id}__{name}__{seed}")
         if name in runs:
             fail(f"--scripts {entry!r}: {name} is there twice; name variants apart, `name: script --flag value`")
         log = runs_dir / ".sweep" / f"{name}.log"
@@ -158,7 +157,7 @@ def checkpoint_step(run: Run) -> int:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
     except Exception as error:  # whatever is wrong with the file, it is the user's to replace
         fail(f"{path} cannot be read ({str(error).splitlines()[0]}); move its folder away")
-    before, now = saved["args"] | {"script": saved["script"]}, run.args | {"script": run.script}
+    before, now = saved["args"], run.args
     for name in sorted((before.keys() | now.keys()) - {"resume", "total_timesteps"}):
         if before.get(name) != now.get(name):
             fail(f"{path} has {name} {before.get(name)}, not {now.get(name)}; give the variant a name of its own")

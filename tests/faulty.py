@@ -1,27 +1,32 @@
-"""A noisy walk with short episodes, and the same with a fault at one step or reset: `--env-id tests.faulty:Walk-v0`."""
+"""A noisy walk with short episodes, and the same with a fault: `--env-id tests.faulty:Walk-v0`."""
 
 import time
 
 import gymnasium as gym
 import numpy as np
 
-FAULTS = {  # id: what goes wrong, as the scripts should report it
-    "NanReward-v0": "step returned the observation",
-    "InfObservation-v0": "step returned the observation [inf,",
-    "RaiseInStep-v0": "step raised RuntimeError: the simulator lost its mind",
-    "RaiseInReset-v0": "reset raised RuntimeError: the simulator lost its mind",
-    "WrongShape-v0": "step returned an observation float32 (2,) instead of float32 (3,)",
-    "WrongDtype-v0": "step returned an observation <U4 (3,) instead of float32 (3,)",
-    "NoReward-v0": "step raised TypeError",
-    "WrongLength-v0": "step raised ValueError: not enough values",
-    "OldStep-v0": "step raised ValueError: not enough values",
-    "HugeObservation-v0": "step returned the observation [1e+300,",
+NOT_FINITE = {  # id: how the scripts report it
+    "NanReward-v0": "FloatingPointError: the environment returned the reward nan",
+    "NoReward-v0": "FloatingPointError: the environment returned the reward nan",
+    "HugeReward-v0": "FloatingPointError: the environment returned the reward 1e+300",
+    "InfObservation-v0": "FloatingPointError: the environment returned the observation [inf,",
+    "HugeObservation-v0": "FloatingPointError: the environment returned the observation [inf,",
+}
+FAULTS = {  # id: the exception
+    "RaiseInStep-v0": "RuntimeError: the simulator lost its mind",
+    "RaiseInReset-v0": "RuntimeError: the simulator lost its mind",
+    "OutOfMemory-v0": "MemoryError",
+    "WrongShape-v0": "ValueError: cannot reshape array of size 2 into shape (3,)",
+    "WordObservation-v0": "ValueError: could not convert string to float: ",
+    "WordReward-v0": "ValueError: could not convert string to float: ",
+    "WrongLength-v0": "ValueError: not enough values to unpack",
+    "OldStep-v0": "ValueError: not enough values to unpack",
 }
 
 
 def stall():
     print("stalling", flush=True)
-    time.sleep(10)
+    time.sleep(5)
 
 
 class Walk(gym.Env):
@@ -30,8 +35,8 @@ class Walk(gym.Env):
     observation_space = gym.spaces.Box(-100, 100, (3,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
-    def __init__(self, fault="", when=0):
-        self.fault, self.when = fault, when
+    def __init__(self, fault="", when=0, length=20):
+        self.fault, self.when, self.max_length = fault, when, length
         self.steps = self.resets = 0
 
     def reset(self, seed=None, options=None):
@@ -51,28 +56,74 @@ class Walk(gym.Env):
             match self.fault:
                 case "NanReward-v0":
                     reward = float("nan")
-                case "InfObservation-v0":
-                    obs[0] = np.inf
-                case "RaiseInStep-v0":
-                    raise RuntimeError("the simulator lost its mind\nand has more to say")
-                case "WrongShape-v0":
-                    obs = obs[:2]
-                case "WrongDtype-v0":
-                    obs = np.array(["left", "0", "0"])
                 case "NoReward-v0":
                     reward = None
+                case "HugeReward-v0":
+                    reward = 1e300
+                case "WordReward-v0":
+                    reward = "much"
+                case "InfObservation-v0":
+                    obs[0] = np.inf
+                case "HugeObservation-v0":
+                    obs = obs.astype(np.float64)
+                    obs[0] = 1e300
+                case "WordObservation-v0":
+                    obs = np.array(["left", "0", "0"])
+                case "RaiseInStep-v0":
+                    raise RuntimeError("the simulator lost its mind\nand has more to say")
+                case "OutOfMemory-v0":
+                    raise MemoryError
+                case "WrongShape-v0":
+                    obs = obs[:2]
                 case "WrongLength-v0":
                     return ()
                 case "OldStep-v0":
                     return obs, reward, False, {}
-                case "HugeObservation-v0":
-                    obs = obs.astype(np.float64)
-                    obs[0] = 1e300
                 case "Stall-v0":
                     stall()
                 case "StallInEvaluation-v0" if self.resets == 3:  # in the training environment it is the fourth
                     stall()
-        return obs, reward, False, self.length == 20, {}
+        return obs, reward, False, self.length == self.max_length, {}
+
+
+class Reusing(Walk):
+    """Returns one array and one info dictionary, both changed in place, and a reward of shape (1,)."""
+
+    array, info = np.zeros(3, np.float32), {"episode": "mine"}
+
+    def reset(self, seed=None, options=None):
+        self.array[:], _ = super().reset(seed=seed)
+        return self.array, self.info
+
+    def step(self, action):
+        self.array[:], reward, terminated, truncated, _ = super().step(action)
+        self.info[f"key {self.steps}"] = np.zeros(self.steps % 3)
+        return self.array, np.array([reward]), terminated, truncated, None if self.steps % 2 else self.info
+
+
+class Single(Walk):
+    """Cannot be made a second time."""
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        type(self).made += 1
+        if self.made > 1:
+            raise RuntimeError("there is one robot")
+
+
+class BadClose(Walk):
+    def close(self):
+        raise RuntimeError("cannot be closed")
+
+
+class Boxes(Walk):
+    """The same with any action space."""
+
+    def __init__(self, low, high, dtype=np.float32):
+        super().__init__()
+        self.action_space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
 
 
 def broken():
@@ -81,8 +132,22 @@ def broken():
 
 gym.register("Walk-v0", Walk)
 gym.register("Broken-v0", broken)
-for name in FAULTS:
-    when = 7 if name == "RaiseInReset-v0" else 130
-    gym.register(name, Walk, kwargs={"fault": name, "when": when}, disable_env_checker=True)
+gym.register("Reusing-v0", Reusing)
+gym.register("Single-v0", Single)
+gym.register("BadClose-v0", BadClose)
+gym.register("Endless-v0", Walk, kwargs={"length": -1})
+gym.register("Long-v0", Walk, kwargs={"length": 100})
+for name in (*FAULTS, *NOT_FINITE):
+    gym.register(name, Walk, kwargs={"fault": name, "when": 7 if name == "RaiseInReset-v0" else 130})
 for name, when in (("Stall-v0", 130), ("StallInEvaluation-v0", 50)):
-    gym.register(name, Walk, kwargs={"fault": name, "when": when}, disable_env_checker=True)
+    gym.register(name, Walk, kwargs={"fault": name, "when": when})
+BOXES = {
+    "Point-v0": ([0, 0], [1, 0]),
+    "Whole-v0": ([0], [4], np.int64),
+    "Vast-v0": ([0, -3e38], [1, 3e38]),
+    "Empty-v0": ([], []),
+    "Unbounded-v0": ([-np.inf], [1]),
+    "Square-v0": ([[0]], [[1]]),
+}
+for name, box in BOXES.items():
+    gym.register(name, Boxes, kwargs=dict(zip(("low", "high", "dtype"), box, strict=False)))

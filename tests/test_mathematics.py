@@ -91,7 +91,9 @@ def test_average_divergence_network_learns_the_exact_log_prob():
         t, r = mfpo.sample_times(64, 0.25, "uniform", torch.device("cpu"))
         x_t = sigma(t) * torch.randn(64, d)
         velocity, divergence = mfpo.hutchinson_divergence(lambda x, t=t: flow(obs, x, t, t), x_t, probes)
-        loss = mfpo.meanflow_loss(partial(agent.divergence, obs), x_t, r, t, velocity, divergence).mean()
+        loss = mfpo.meanflow_loss(
+            partial(agent.divergence, obs), x_t=x_t, r=r, t=t, velocity=velocity, instantaneous=divergence
+        ).mean()
         agent.divergence_optimizer.zero_grad()
         loss.backward()
         agent.divergence_optimizer.step()
@@ -135,7 +137,7 @@ def test_meanflow_loss_is_the_distance_to_a_finite_difference_along_the_flow():
         h = 1e-5
         derivative = (network(x + h * velocity, r, t + h) - network(x - h * velocity, r, t - h)) / (2 * h)
         expected = ((network(x, r, t) - velocity + 0.5 * derivative) ** 2).sum(-1)
-    loss = mfpo.meanflow_loss(network, x, r, t, velocity, velocity)
+    loss = mfpo.meanflow_loss(network, x_t=x, r=r, t=t, velocity=velocity, instantaneous=velocity)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -144,7 +146,8 @@ def test_meanflow_identity_holds_for_a_flow_with_known_average_velocity():
     x = torch.randn(8, 2).double()
     r, t = torch.full((8, 1), 0.1).double(), torch.full((8, 1), 0.9).double()
     average = lambda x, r, t: x * (1 - torch.exp(r - t)) / (t - r)  # noqa: E731
-    torch.testing.assert_close(mfpo.meanflow_loss(average, x, r, t, x, x).sqrt(), torch.zeros(8).double())
+    loss = mfpo.meanflow_loss(average, x_t=x, r=r, t=t, velocity=x, instantaneous=x)
+    torch.testing.assert_close(loss.sqrt(), torch.zeros(8).double())
 
 
 @pytest.mark.parametrize("t", [0.02, 0.1, 0.3, 0.7, 0.98])
@@ -245,11 +248,11 @@ def test_states_of_a_run_are_those_that_were_acted_on(tmp_path):
     zero, acted_on = np.zeros(1, np.float32), list(range(1, 21))
     for step in acted_on:
         obs = np.full((1, 3), step, np.float32)
-        buffer.add(obs, np.zeros((1, 2), np.float32), zero, zero, -obs, np.array([step % 3 == 0]))
+        buffer.add(obs=obs, actions=np.zeros((1, 2)), rewards=zero, terminations=zero, next_obs=-obs)
     saved = {"script": "mfpo_continuous", "args": vars(agent.args), "agent": agent.state_dict()}
     torch.save(saved | {"buffer": buffer.state_dict()}, tmp_path / "checkpoint.pt")
     loaded, obs = load(tmp_path, 500)
-    assert sorted(set(obs[:, 0].tolist())) == acted_on[-len(buffer.start_rows) :]
+    assert sorted(set(obs[:, 0].tolist())) == acted_on[-buffer.num_rows :]
     torch.testing.assert_close(loaded.state_dict(), agent.state_dict())
 
 
@@ -395,8 +398,7 @@ def agent_with(**flags):
 def estimate(agent):
     obs, t = batch()[0], torch.linspace(0.1, 0.9, 40)[:, None]
     torch.manual_seed(1)
-    names = ["x_t", "velocity", "a_0", "log_prob", "ess_policy", "ess_gaussian", "share"]
-    return dict(zip(names, agent.estimate_velocity(obs, t, torch.tensor(0.5)), strict=True))
+    return agent.estimate_velocity(obs, t, torch.tensor(0.5))._asdict()
 
 
 def test_velocity_estimate_against_a_loop():
@@ -431,7 +433,7 @@ def test_velocity_estimate_against_a_loop():
             quantile = np.where(mean < 0, 1 - uniform[b].numpy(), uniform[b].numpy())  # reflected there
             drawn = scipy.stats.truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std).ppf(quantile)
             v_2, ess_2 = combine([q_over_alpha(obs[b], a_k) for a_k in drawn], drawn, x, t[b])
-            expected = {"x_t": x, "ess_policy": ess_1, "ess_gaussian": ess_2, "share": ess_1 / (ess_1 + ess_2)}
+            expected = {"x_t": x, "ess_policy": ess_1, "ess_gaussian": ess_2, "policy_weight": ess_1 / (ess_1 + ess_2)}
             expected["velocity"] = (ess_1 * v_1 + ess_2 * v_2) / (ess_1 + ess_2)
             for name, value in expected.items():
                 np.testing.assert_allclose(found[name][b], value, rtol=1e-3, atol=1e-4, err_msg=name)
@@ -464,10 +466,10 @@ def test_proposals_flag_changes_the_velocity_and_nothing_else():
     both, policy, gaussian = (estimate(agent_with(proposals=name)) for name in ("both", "policy", "gaussian"))
     share = both["ess_policy"] / (both["ess_policy"] + both["ess_gaussian"])
     torch.testing.assert_close(both["velocity"], share * policy["velocity"] + (1 - share) * gaussian["velocity"])
-    for name in both.keys() - {"velocity", "share"}:
+    for name in both.keys() - {"velocity", "policy_weight"}:
         assert torch.equal(both[name], policy[name]) and torch.equal(both[name], gaussian[name])
     assert (policy["velocity"] - gaussian["velocity"]).abs().max() > 0.01
-    assert (policy["share"] == 1).all() and (gaussian["share"] == 0).all()
+    assert (policy["policy_weight"] == 1).all() and (gaussian["policy_weight"] == 0).all()
 
 
 def test_likelihood_flag_changes_log_pi_and_what_follows_from_it():
@@ -538,7 +540,9 @@ def test_without_meanflow_the_sampler_is_euler_and_the_regression_is_on_the_inst
         t, r = mfpo.sample_times(40, agent.data_proportion, "logit_normal", torch.device("cpu"))
         assert torch.equal(t, r)
         velocity = torch.randn(40, 2)
-        loss = mfpo.meanflow_loss(partial(agent.actor, obs), noise, r, t, velocity, velocity)
+        loss = mfpo.meanflow_loss(
+            partial(agent.actor, obs), x_t=noise, r=r, t=t, velocity=velocity, instantaneous=velocity
+        )
         torch.testing.assert_close(loss, ((agent.actor(obs, noise, t, t) - velocity) ** 2).sum(-1))
 
 
@@ -575,12 +579,20 @@ def test_new_networks_have_xavier_weights_no_biases_and_slow_frequencies():
     assert len(frequencies.unique()) == 4 * 64 and frequencies.std().item() == pytest.approx(0.2, rel=0.15)
 
 
-def test_mass_on_the_edges_is_warned_of_once_the_critics_have_learned():
-    agent = agent_with()
-    (message,) = agent.warnings({"diagnostics/edge_mass": 0.011}, 1000)
-    assert "edges of [-1600.0, 1600.0]" in message and "--v-min/--v-max" in message
-    assert agent.warnings({"diagnostics/edge_mass": 0.011}, 999) == []
-    assert agent.warnings({"diagnostics/edge_mass": 0.009}, 1000) == []
+@pytest.mark.parametrize(("support", "warned"), [({}, False), ({"v_min": -1.0, "v_max": 1.0}, True)])
+def test_critics_that_learn_a_return_outside_their_support_are_warned_of_once(support, warned, capsys):
+    """Every return is 5: near an atom of the paper's support, and beyond the edge of the other."""
+    mfpo.warn.cache_clear()
+    agent, (obs, actions, _, _, next_obs) = agent_with(learning_rate=1e-2, **support), batch()
+    agent.diagnostics(obs)
+    assert capsys.readouterr().out == ""  # new critics have a little of their mass there
+    for _ in range(100):
+        agent.update(obs, actions, torch.full((40,), 5.0), torch.ones(40), next_obs, with_policy=False)
+    for _ in range(2):
+        agent.diagnostics(obs)
+    out = capsys.readouterr().out
+    assert out.count("the critics predict returns at the edges of [-1.0, 1.0]: --v-min, --v-max") == warned
+    assert out.count("warning") == warned
 
 
 def test_how_much_q_tells_random_actions_apart(monkeypatch):

@@ -15,12 +15,12 @@ def test_posture_of_the_steps_that_the_ring_still_holds(tmp_path):
     for step in range(num_envs, steps + 1, num_envs):
         obs = rng.normal(size=(num_envs, 17), scale=3).astype(np.float32)
         seen.append((step, obs))
-        zeros, done = np.zeros(num_envs, np.float32), np.array([step % 14 == 0, False])
-        buffer.add(obs, np.zeros((num_envs, 6), np.float32), zeros, zeros, obs, done)
+        zeros = np.zeros(num_envs, np.float32)
+        buffer.add(obs=obs, actions=np.zeros((num_envs, 6)), rewards=zeros, terminations=zeros, next_obs=obs)
     args = {"env_id": "HalfCheetah-v4", "num_envs": num_envs}
     torch.save({"args": args, "buffer": buffer.state_dict(), "global_step": steps}, tmp_path / "checkpoint.pt")
 
-    held = seen[-len(buffer.start_rows) :]
+    held = seen[-(size // num_envs) :]
     rows = posture(tmp_path, every)
     lasts = [k for k in range(every, steps + 1, every) if held[0][0] <= k - every + num_envs]
     assert 2 <= len(lasts) < steps // every

@@ -303,15 +303,14 @@ def test_commands_published_scores_and_provenance(tmp_path):
     assert "[1] a paper" in text and "another" not in text
     assert "- machine: a machine (as given)\n- commit: abc1234 (as given)" in text
     assert f"- date: {time.strftime('%Y-%m-%d')} (where the report was written)" in text
-    base = "python mfpo_continuous.py --env-id <task> --seed <seed> --exp-name mfpo"
-    steps = "--total-timesteps 20000"
+    base = "python mfpo_continuous.py --env-id <task> --seed <seed> --exp-name mfpo --total-timesteps 20000"
     assert text.split("```")[1].splitlines()[1:] == [
         "# Ant-v4: seed 1, 2",
-        f"{base} {steps}",
+        base,
         "# Hopper-v4: seed 1, 2",
-        f"{base} --wandb-entity 'two words' {steps} --no-autotune",
+        f"{base} --wandb-entity 'two words' --no-autotune",
         "# Hopper-v4: seed 3",
-        f"{base} --wandb-entity 'two words' --save-model {steps} --no-autotune",
+        f"{base} --wandb-entity 'two words' --save-model --no-autotune",
     ]
     assert "- Mixed: the seeds of Hopper-v4, mfpo differ in their flags; see the commands" in text
 

@@ -3,16 +3,19 @@
 import ast
 import dataclasses
 import importlib
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -36,8 +39,9 @@ def scalars(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Pendulum-v1"])
-@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize(
+    ("script", "env_id"), [*((script, "Hopper-v4") for script in MODULES), (SCRIPTS[0], "Pendulum-v1")]
+)
 def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     flags = ["--env-id", env_id, *SHORT, "--eval-frequency", 225, "--eval-episodes", 2, "--save-model"]
     flags += ["--diagnostics-frequency", 150]
@@ -45,8 +49,7 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
         flags += ["--policy-proposals", 4, "--gaussian-proposals", 4]
     done = command_line(script, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
-    once = int(env_id == "Hopper-v4")  # not once for each environment
-    assert done.stderr.count("is out of date") == once, done.stderr
+    assert "is out of date" not in done.stderr  # papers report v4
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stdout.splitlines()[-1] == f"The run's files are in runs/{run.name}"
     logged = scalars(run)
@@ -66,7 +69,6 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
     assert [step for step, _ in logged["eval/episodic_return"]] == [225, 450]
     loaded = command_line(script, tmp_path, "--evaluate", run / "model.pt", "--eval-episodes", 2)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stderr.count("is out of date") == once, loaded.stderr
     lines = loaded.stdout.splitlines()
     for line, name in zip(lines, ("evaluation", "exploring policy"), strict=True):
         assert re.fullmatch(rf"{env_id}: {name} return -?\d+\.\d \+- \d+\.\d \(2 episodes\)", line)
@@ -74,19 +76,24 @@ def test_smoke_save_and_evaluate(script, env_id, tmp_path):
 
 
 @pytest.mark.parametrize("script", MODULES)
-def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", *SHORT, "--eval-episodes", 2]
+def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path, monkeypatch):
+    flags = ["--env-id", "Pendulum-v1", *SHORT, "--total-timesteps", 250, "--eval-episodes", 2]
     if script == "mfpo_continuous":
         flags += ["--policy-proposals", 2, "--gaussian-proposals", 2]
     series = []
-    for name, frequency in (("a", 200), ("b", 200), ("c", 0)):
+    for name, frequency in (("here", 0), ("here_too", 125), ("elsewhere", 125)):
+        line = [*map(str, flags), "--eval-frequency", str(frequency)]
         (tmp_path / name).mkdir()
-        done = command_line(script, tmp_path / name, *flags, "--eval-frequency", frequency)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.chdir(tmp_path / name)
+        if name == "elsewhere":
+            done = command_line(script, tmp_path / name, *line)
+            assert done.returncode == 0, done.stderr
+        else:
+            MODULES[script].train(MODULES[script].parse_args(line))
         (run,) = (tmp_path / name / "runs").iterdir()
         series.append({tag: values for tag, values in scalars(run).items() if tag != "charts/SPS"})
-    assert series[0] == series[1]
-    assert series[2] == {tag: values for tag, values in series[0].items() if not tag.startswith("eval")}
+    assert series[1] == series[2]
+    assert series[0] == {tag: values for tag, values in series[1].items() if not tag.startswith("eval")}
 
 
 class Counter(gym.Env):
@@ -117,29 +124,14 @@ class Counter(gym.Env):
 @pytest.mark.parametrize("size", [30, 1000])
 def test_buffer_holds_what_a_plain_loop_saw(num_envs, size, monkeypatch, tmp_path):
     """The training loop's own transitions, past terminations, truncations and the buffer's end, against a loop."""
-    stored = []
-    recorded = sac_continuous.ReplayBuffer.add
-
-    def add(self, *arguments):
-        recorded(self, *arguments)
-        stored.append(self)
-
-    numbers = iter(range(100))
-    wrap = gym.wrappers.RecordEpisodeStatistics
-    monkeypatch.setattr(sac_continuous, "make_env", lambda *a: wrap(Counter(next(numbers))))
-    monkeypatch.setattr(sac_continuous.ReplayBuffer, "add", add)
-    monkeypatch.setattr(sac_continuous, "SummaryWriter", lambda *a, **k: Silent())
+    numbers, buffers = iter(range(100)), []
+    make = sac_continuous.ReplayBuffer
+    monkeypatch.setattr(sac_continuous, "make_env", lambda *a: Counter(next(numbers)))
+    monkeypatch.setattr(sac_continuous, "ReplayBuffer", lambda *a: buffers.append(make(*a)) or buffers[-1])
     monkeypatch.chdir(tmp_path)
     steps = 60 * num_envs
-    args = sac_continuous.Args(
-        total_timesteps=steps,
-        num_envs=num_envs,
-        buffer_size=size,
-        batch_size=4,
-        learning_starts=steps,
-        eval_frequency=0,
-    )
-    sac_continuous.train(args)
+    counts = {"total_timesteps": steps, "num_envs": num_envs, "buffer_size": size, "learning_starts": steps}
+    sac_continuous.train(sac_continuous.Args(**counts, eval_frequency=0))
 
     expected = []
     for number in range(num_envs):
@@ -151,16 +143,14 @@ def test_buffer_holds_what_a_plain_loop_saw(num_envs, size, monkeypatch, tmp_pat
             transitions.append((*obs, reward, float(terminated), *next_obs))
             obs = env.reset()[0] if terminated or truncated else next_obs
         expected.append(transitions)
-    buffer = stored[-1]
-    kept = len(buffer.start_rows)
-    assert kept == 60 if size == 1000 else 0 < kept <= size // num_envs
+    kept = min(60, size // num_envs)
     torch.manual_seed(0)
-    obs, _, rewards, terminations, next_obs = buffer.sample(20_000, torch.device("cpu"))
+    obs, _, rewards, terminations, next_obs = buffers[0].sample(20_000)
     sampled = torch.cat([obs, rewards[:, None], terminations[:, None], next_obs], 1).tolist()
     wanted = {transition for transitions in expected for transition in transitions[-kept:]}
     assert set(map(tuple, sampled)) == wanted
     counts = np.unique(np.array(sampled), axis=0, return_counts=True)[1]
-    assert counts.max() < 2 * counts.min() if len(wanted) < 100 else True  # uniform
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3  # uniform
 
 
 @pytest.mark.parametrize("script", MODULES)
@@ -173,9 +163,9 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
         actor = agent.policy if script == "smfp_continuous" else agent.actor
         return torch.cat([x.detach().flatten() for x in (*actor.parameters(), agent.log_alpha)])
 
-    def update(agent, *batch, with_policy):
+    def update(agent, *batch):
         before = weights(agent).clone()
-        metrics = real(agent, *batch, with_policy)
+        metrics = real(agent, *batch)
         seen.append(not torch.equal(weights(agent), before))
         return metrics
 
@@ -193,21 +183,50 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
     assert seen == [False, False, True] * 3
 
 
-class Silent:
-    def __getattr__(self, name):
-        return lambda *arguments, **options: None
+def test_the_first_step_may_be_one_of_the_policy(monkeypatch, tmp_path):
+    """With no random steps there is nothing to learn from before the first step."""
+    monkeypatch.chdir(tmp_path)
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 6, "num_envs": 2, "learning_starts": 0, "eval_frequency": 0}
+    sac_continuous.train(sac_continuous.Args(**flags))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["num_updates"] == 6
 
 
-def test_a_million_humanoid_transitions_fit_in_1_6_gib():
-    buffer = sac_continuous.ReplayBuffer(1000, 1, 376, 17, torch.device("cpu"))
-    tensors = [value for value in vars(buffer).values() if isinstance(value, torch.Tensor)]
-    assert sum(x.numel() * x.element_size() for x in tensors) / 1000 * 1e6 < 1.6 * 2**30
+def test_speed_is_that_since_the_last_row(monkeypatch, tmp_path):
+    """50 steps in a second of a clock of our own, whatever went before."""
+    monkeypatch.chdir(tmp_path)
+    clock = itertools.count(1000, 1)
+    monkeypatch.setattr(sac_continuous.time, "time", lambda: float(next(clock)))
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 300, "learning_starts": 100, "eval_frequency": 0}
+    sac_continuous.train(sac_continuous.Args(**flags, batch_size=8, log_frequency=50))
+    (run,) = (tmp_path / "runs").iterdir()
+    events = scalars(run)["charts/SPS"]
+    assert [step for step, _ in events] == [150, 200, 250, 300]
+    assert all(value <= 50 for _, value in events[1:]) and events[0][1] > 0
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_help_has_groups_and_no_ragged_lines(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        MODULES[script].parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    groups = ["run", "output", "training", "method"] + ["ablation"] * (script != "sac_continuous")
+    assert re.findall(r"(\w+) options", "\n".join(lines)) == groups
+    assert any(f"python {script}.py --env-id Hopper-v4 --seed 1" in line for line in lines)
+    texts = [line.strip("│ ") for line in lines if line.startswith("│  ")]  # what goes on below a flag
+    unfinished = [
+        a for a, b in itertools.pairwise(texts) if len(a) < 20 and not a.endswith((")", "}")) and b[:1].islower()
+    ]
+    assert unfinished == []
 
 
 def test_make_env_rescales_actions_flattens_and_casts():
     env = sac_continuous.make_env("Humanoid-v4")
     assert env.action_space == gym.spaces.Box(-1, 1, (17,), np.float32)
-    assert env.observation_space.shape == (376,) and env.reset(seed=0)[0].dtype == np.float32
+    assert env.observation_space.shape == (376,)
+    assert sac_continuous.own_copy(env, env.reset(seed=0)[0]).dtype == np.float32
     env.step(np.ones(17, np.float32))
     np.testing.assert_allclose(env.unwrapped.data.ctrl, 0.4, rtol=1e-6)  # Humanoid's own bound
 
@@ -222,27 +241,25 @@ def test_make_env_rescales_actions_flattens_and_casts():
     np.testing.assert_array_equal(obs, np.array([0, 0, 0, 0, 0, 1, 0], np.float32))
 
 
-def test_image_and_unbounded_spaces_are_refused(capsys):
-    for name, observation, action, message in (
-        ("Image-v0", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), Counter.action_space, "image"),
-        ("Unbounded-v0", Counter.observation_space, gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), "unbounded"),
-    ):
-        kind = type("Env", (Counter,), {"observation_space": observation, "action_space": action})
-        gym.register(name, lambda kind=kind: kind(0), disable_env_checker=True)
+def test_observations_that_are_not_vectors_are_refused(capsys):
+    sequence = gym.spaces.Sequence(gym.spaces.Box(0, 1, (2,)))
+    for name, space in (("Image", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)), ("Sequence", sequence)):
+        kind = type("Env", (Counter,), {"observation_space": space})
+        gym.register(f"{name}-v0", lambda kind=kind: kind(0))
         with pytest.raises(SystemExit):
-            sac_continuous.make_env(name)
-        assert message in capsys.readouterr().err
+            sac_continuous.make_env(f"{name}-v0")
+        assert f"--env-id {name}-v0: its observations are" in capsys.readouterr().err
 
 
 PAGE_FAULTS = """
-import resource, sac_continuous, torch
+import resource, mfpo_continuous, torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         temporaries = [torch.ones(2**18) for _ in range(32)]
         del temporaries
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-{} and sac_continuous.keep_freed_memory()
+{} and mfpo_continuous.keep_freed_memory()
 faults()
 print(faults())
 """
@@ -265,7 +282,7 @@ def test_freed_memory_is_kept():
 DENORMALS = """
 import sac_continuous, torch
 torch.set_num_threads(2)
-{} and sac_continuous.choose_kernels(True)
+{} and sac_continuous.set_up_torch(sac_continuous.Args())
 weights = torch.nn.Parameter(torch.ones(2**16))
 optimizer = torch.optim.Adam([weights], fused=True)
 for gradient in [1.0] + 1000 * [0.0]:
@@ -299,16 +316,15 @@ def test_what_the_scripts_share_is_byte_identical():
         script: {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         for script, text in texts.items()
     }
-    shared = set.intersection(*(set(named) for named in nodes.values())) - {"Args", "check_algorithm", "Agent"}
-    assert len(shared) >= 20 and {"ReplayBuffer", "CudaGraph", "evaluate", "train"} < shared
+    shared = set.intersection(*(set(named) for named in nodes.values())) - {"Args", "MethodArgs", "Agent"}
+    assert len(shared) >= 20 and {"RunArgs", "ReplayBuffer", "evaluate", "train", "Run", "CudaGraph"} < shared
     pieces = []
     for script, text in texts.items():
         definitions = [ast.get_source_segment(text, node) for name, node in nodes[script].items() if name in shared]
-        imports = text[text.index("import copy") : text.index("@dataclass\n")].replace(
-            "from typing import Literal\n", ""
-        )
-        arguments = text[text.index("class Args") : text.index("    # Algorithm specific arguments")]
-        pieces.append([imports, arguments, *definitions, text[text.index("if __name__") :]])
+        imports = text[text.index("import copy") : text.index("@dataclass\n")]
+        imports = re.sub(r"import ctypes\n|from typing import .*\n|, partial", "", imports)
+        main = text[text.index("if __name__") :].replace("    keep_freed_memory()\n", "")
+        pieces.append([imports, *definitions, main])
     assert pieces[0] == pieces[1] == pieces[2]
 
 
@@ -322,4 +338,6 @@ def test_every_flag_is_used(script):
 @pytest.mark.parametrize("script", MODULES)
 def test_inline_metadata_equals_requirements(script):
     requirements = (ROOT / "requirements.txt").read_text().split()
-    assert re.findall(r'^#     "(.*)",$', source(script), re.MULTILINE) == requirements
+    lines = re.match(r"# /// script\n((?:# .*\n)*?)# ///\n", source(script))[1].splitlines()
+    metadata = tomllib.loads("\n".join(line.removeprefix("# ") for line in lines))
+    assert metadata == {"requires-python": ">=3.11", "dependencies": requirements}
