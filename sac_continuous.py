@@ -460,9 +460,8 @@ def train(args: Args) -> None:
                     seed = derive_seed(args.seed, global_step, 0)
                     scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop.is_set)
                     if scores is not None:
+                        run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
                         say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
-                        tag += "/episodic_return"
-                        run.log({tag: scores.mean(), f"{tag}_std": scores.std()})
             if run.checkpoint_due(lengths.max()):
                 run.save()
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))

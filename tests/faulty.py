@@ -26,7 +26,7 @@ FAULTS = {  # id: the exception
 
 def stall():
     print("stalling", flush=True)
-    time.sleep(5)
+    time.sleep(4)
 
 
 class Walk(gym.Env):

@@ -95,7 +95,7 @@ def assert_equal_runs(first, second):
         assert len({step for step, _ in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("script", "kills"), [("sac_continuous", 12), ("smfp_continuous", 3), ("mfpo_continuous", 3)])
+@pytest.mark.parametrize(("script", "kills"), [("sac_continuous", 8), ("smfp_continuous", 3), ("mfpo_continuous", 3)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, kills, tmp_path):
     """Kill -9 at random moments, every third one while a checkpoint is being written; then resume and compare."""
     line = [*flags(script, steps=60 * kills, every=20), "--utd-ratio", "0.25"]
@@ -194,7 +194,7 @@ def test_a_second_signal_stops_at_once(second, tmp_path):
     while "once more" not in running.stdout.readline():
         assert running.poll() is None
     running.send_signal(second)
-    assert running.wait() == 128 + second and time.time() - before < 4  # the stall takes 5
+    assert running.wait() == 128 + second and time.time() - before < 3  # the stall takes 4
     assert checkpoint(tmp_path)["global_step"] == 120
 
 
@@ -371,7 +371,7 @@ def test_a_checkpoint_waits_for_the_end_of_all_episodes_but_not_for_ever(tmp_pat
 
 def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     """A limit on the size of files stands for the disk: the buffer's growth passes it, and TensorBoard's file too."""
-    line = flags("sac_continuous", "Walk-v0", 700, 20)
+    line = flags("sac_continuous", "Walk-v0", 400, 20)
     free = command_line("sac_continuous", tmp_path, *line[:2], "--total-timesteps", "60", *line[4:])
     assert free.returncode == 0
     size = (only_run(tmp_path) / "checkpoint.pt").stat().st_size
@@ -386,7 +386,7 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"warning: runs/{run.name}/checkpoint.pt was not written" in done.stdout
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert 60 < saved["global_step"] < 700 and not (run / "checkpoint.tmp").exists()
+    assert 60 < saved["global_step"] < 400 and not (run / "checkpoint.tmp").exists()
 
 
 def test_a_checkpoint_does_not_copy_the_buffer_and_survives_where_memory_runs_out(tmp_path, monkeypatch, capsys):
@@ -450,7 +450,7 @@ def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(tmp_path):
     running = subprocess.Popen(line, cwd=tmp_path, stdin=its, stdout=its, stderr=its, preexec_fn=os.setsid)
     os.close(its)
     seen = b""
-    while b"stalling" not in seen:
+    while b"stalling\r\n" not in seen:
         seen += os.read(ours, 10_000)
     os.close(ours)
     running.send_signal(signal.SIGHUP)

@@ -89,5 +89,5 @@ def test_mfpo_goes_to_the_one_goal_that_there_is():
             agent.update_policy(torch.zeros(64, 1), torch.tensor(1.0))
         distances.append((agent.sample_actions(torch.zeros(10_000, 1)) - goal).norm(dim=1).mean().item())
     # The optimum, a Gaussian of deviation 0.2 in each direction, is 0.2 sqrt(pi / 2) = 0.25 away in the mean.
-    assert distances[0] > 0.8 and 0.15 < distances[1] < 0.45
+    assert distances[0] > 0.8 and 0.05 < distances[1] < 0.4
     print(distances)
