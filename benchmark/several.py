@@ -49,7 +49,7 @@ def rates(words: list[str], count: int, args: Args) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         files, processes = [Path(folder, f"time{i}") for i in range(count)], []
         for i, file in enumerate(files):
-            timing = {"TIMED_ENV": args.task, "TIMED_FROM": "1050", "TIMED_SECONDS": str(args.seconds)}
+            timing = {"TIMED_ENV": args.task, "TIMED_FROM": "1005", "TIMED_SECONDS": str(args.seconds)}
             timing |= {"TIMED_FILE": str(file), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
             streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             line = [*words, "--seed", str(i + 1)]

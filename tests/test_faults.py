@@ -377,7 +377,7 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     size = (only_run(tmp_path) / "checkpoint.pt").stat().st_size
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, size + 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8_000, size + 8_000))
 
     (tmp_path / "full").mkdir()
     line = [sys.executable, str(ROOT / "sac_continuous.py"), *line]
