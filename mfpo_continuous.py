@@ -15,16 +15,20 @@ Paper: https://arxiv.org/abs/2604.14698 (MeanFlow: 2505.13447).
 
 Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps with velocity v = (x_t - a_0) / t.
     policy      a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 ~ N(0, I); u is the average velocity on [r, t]
-    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps
+    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps;
+                a_0 is clipped to [-1, 1] to act, but log pi stays that of the action before clipping
     identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with div v instead of v
     target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from the
                 policy and from a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
 
-In TensorBoard: eval/episodic_return is the score (best of 10 candidates). diagnostics/ess_* falling to 1: the
-temperature is too low for the proposals. diagnostics/entropy should approach -rho d. diagnostics/edge_mass above 0.01:
-the critics' support is too narrow. diagnostics/q_std, the spread of the predicted returns, starts at 900 and falls by a
-factor e in 1 / (tau (1 - gamma)) updates, or sooner where episodes terminate; until then small rewards teach little.
---critic-init-std 32 or a support of the task's scale (--v-min, --v-max) takes off sooner.
+In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
+    diagnostics/ess_*      near 1, the temperature is too low for the proposals
+    diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
+    diagnostics/edge_mass  if it stays above 0.03, the critics' support is too narrow (new critics have 0.02)
+    diagnostics/q_std      the spread of the predicted returns. It starts at 900 and falls by a factor e in 1 / (tau
+                           (1 - gamma)) updates, sooner where episodes terminate. While it is large, small rewards teach
+                           little. Learning starts sooner with --critic-init-std 32, or with --v-min and --v-max of the
+                           task's scale.
 """
 
 import copy
@@ -38,12 +42,11 @@ import shlex
 import signal
 import sys
 import textwrap
-import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache, partial
@@ -51,7 +54,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# A thread that waits soon leaves its core to other runs. PyTorch's OpenMP reads this when it is loaded.
+# A waiting thread gives up its core to other runs sooner. PyTorch's OpenMP reads this when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import gymnasium as gym
 import numpy as np
@@ -82,7 +85,7 @@ class RunArgs:
     cuda_graph: bool = True
     """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
     threads: int = 4
-    """CPU threads, at most (no more than OMP_NUM_THREADS or the cores)"""
+    """most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it"""
     log_frequency: int = 100
     """environment steps between two rows of losses and diagnostics"""
     diagnostics_frequency: int = 1_000
@@ -112,7 +115,7 @@ class OutputArgs:
     checkpoint_frequency: int = 10_000
     """steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops"""
     resume: str | None = None
-    """go on with the run in this folder; its own flags hold where no others are given"""
+    """continue the run in this folder; flags that are not given keep the values of that run"""
 
 
 @dataclass
@@ -144,7 +147,7 @@ class MethodArgs:
     divergence_probes: int = 2
     """N, normal probes of the Skilling-Hutchinson divergence estimate (paper)"""
     data_proportion: float = 0.75
-    """share of the batch trained at r = t, that is on the instantaneous velocity (paper)"""
+    """share of the batch with r = t, which trains the instantaneous velocity (paper)"""
     clipped_double_q: bool = True
     """use the critic with the smaller mean; otherwise average the two (paper: off on HalfCheetah)"""
     num_atoms: int = 101
@@ -154,9 +157,9 @@ class MethodArgs:
     v_max: float = 1600.0
     """largest atom (paper)"""
     critic_init_std: float | None = None
-    """standard deviation about 0 of the returns that new critics predict; None: all atoms are as likely (paper)"""
+    """standard deviation about 0 of the returns that new critics predict; None: atoms about equally likely (paper)"""
     policy_frequency: int = 1
-    """updates of the critics per update of the policy, the divergence network and the temperature"""
+    """updates of the critics per update of the policy, the divergence network and the temperature (paper)"""
     autotune: bool = True
     """learn the temperature; otherwise it stays at --alpha"""
     alpha: float = 0.01
@@ -166,31 +169,32 @@ class MethodArgs:
     eval_candidates: int = 10
     """evaluation plays the best of this many sampled actions, by the target critics (paper)"""
     compile: bool = False
-    """compile the update by torch.compile; needs a C++ compiler and a minute or two"""
+    """compile the update with torch.compile; this needs a C++ compiler and takes a minute or two"""
 
 
 @dataclass
 class AblationArgs:
     meanflow: bool = True
-    """learn average velocities; otherwise plain flow matching: r = t in training and sampler"""
+    """learn average velocities (paper); otherwise plain flow matching, with r = t in training and in the sampler"""
     likelihood: Literal["adn", "exact", "none"] = "adn"
     """log pi by the average divergence network (paper), by the sampler's exact change of variables, or left out"""
     proposals: Literal["both", "policy", "gaussian"] = "both"
-    """which proposals estimate the velocity; all are drawn in any case"""
+    """proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0"""
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    """of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often"""
+    """distribution of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often"""
 
 
 @dataclass
 class Args(AblationArgs, MethodArgs, TrainingArgs, OutputArgs, RunArgs):
-    """All flags, in the order of the base classes from last to first, which are the groups of --help."""
+    """All flags. The base classes, from last to first, are the groups of --help."""
 
 
 class ConcatLinear(nn.Linear):
     """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
 
-    What all candidates of a state share is multiplied once, not for each: a fifth of an update's time at 376
-    observations, none at 11. The largest input comes last: then only one sum is of its size.
+    Inputs that all candidates of a state share are multiplied once per state instead of once per candidate. This saves
+    a fifth of an update's time with 376 observations, none with 11. The largest input comes last: then only one sum is
+    of its size.
     """
 
     def __init__(self, in_features: tuple[int, ...], out_features: int):
@@ -203,7 +207,7 @@ class ConcatLinear(nn.Linear):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; compiled, the bias is added by what comes next, and not copied into every row of the product first."""
+    """nn.Linear. Compiled, it leaves the bias to the next kernel instead of first copying it into every row."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -212,9 +216,9 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm; compiled, in a form that fuses well, and whose forward-mode derivative PyTorch 2.13 can compile.
+    """nn.LayerNorm, written out when it is compiled.
 
-    Eagerly that form is slower.
+    That form fuses well, and PyTorch 2.13 can compile its forward-mode derivative. In eager mode it is slower.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +231,7 @@ class LayerNorm(nn.LayerNorm):
 class MLP(nn.Module):
     """Three hidden layers of 256 with LayerNorm and GELU on the concatenation of its inputs (paper, appendix).
 
-    This GELU is the exact one. The authors' code has its tanh form, which moves a quantity of an update by up to 0.6 %.
+    The GELU is the exact one. The authors' code has its tanh form, which changes losses and targets by up to 0.6 %.
     """
 
     def __init__(self, in_features: tuple[int, ...], out_features: int):
@@ -256,7 +260,7 @@ class TimeEmbedding(nn.Module):
 
 
 class MeanFlowNetwork(nn.Module):
-    """An average over the flow interval [r, t]: the policy's velocity u (out_dim = d) or its divergence delta (1).
+    """The average over [r, t] of the policy's velocity (u, out_dim = d) or of its divergence (delta, out_dim = 1).
 
     obs (..., obs_dim), x (..., d), r and t (..., 1) broadcast against each other; at r = t the average is the
     instantaneous value.
@@ -281,13 +285,14 @@ def xavier_uniform(module: nn.Module) -> None:
 def sample_flow(actor, obs: torch.Tensor, noise: torch.Tensor, steps: int, meanflow: bool = True):
     """The T-step MeanFlow sampler: a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 = noise.
 
-    Without `meanflow`, Euler's method on the instantaneous velocity u(s, a_t, t, t). obs (..., obs_dim) broadcasts
-    against noise (..., d). Returns the action a_0 before clipping (..., d) and the trajectory, a list of the
-    (a_t, r, t) that `actor` was asked at.
+    Without `meanflow` it is Euler's method on the instantaneous velocity u(s, a_t, t, t). obs (..., obs_dim) broadcasts
+    against noise (..., d). Returns the action a_0 before clipping (..., d) and the trajectory: a list of the
+    (a_t, r, t) at which `actor` was evaluated.
     """
     x, trajectory = noise, []
     for i in range(steps, 0, -1):
-        t, r = (torch.full((1,), j / steps, device=noise.device) for j in (i, i - 1 if meanflow else i))
+        t = torch.full((1,), i / steps, device=noise.device)
+        r = torch.full_like(t, (i - 1) / steps) if meanflow else t
         trajectory.append((x, r, t))
         x = x - actor(obs, x, r, t) / steps
     return x, trajectory
@@ -304,14 +309,14 @@ def flow_log_prob(divergence, obs: torch.Tensor, trajectory) -> torch.Tensor:
     return log_prob + sum(divergence(obs, x, r, t).squeeze(-1) for x, r, t in trajectory) / len(trajectory)
 
 
-def exact_log_prob(sampler, noise: torch.Tensor) -> torch.Tensor:
-    """log pi(a_0|s) = log N(a_1; 0, I) - log |det d a_0 / d a_1| of the map `sampler` from noise (..., d) to actions.
+def exact_log_prob(flow_map, noise: torch.Tensor) -> torch.Tensor:
+    """log pi(a_0|s) = log N(a_1; 0, I) - log |det d a_0 / d a_1| of `flow_map` from noise (..., d) to actions (..., d).
 
-    The change of variables of the T-step map itself: d forward-mode products and a determinant per row; shape (...).
-    A lower bound where the map folds, so that other noises reach the same action.
+    This is the change of variables of the T-step map itself. It takes d forward-mode products and a determinant per
+    row; shape (...). Where the map folds, other noises reach the same action, and this is only a lower bound.
     """
     basis = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
-    columns = [torch.func.jvp(sampler, (noise,), (e.expand_as(noise).clone(),))[1] for e in basis]
+    columns = [torch.func.jvp(flow_map, (noise,), (e.expand_as(noise).clone(),))[1] for e in basis]
     return standard_normal_log_prob(noise) - torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
 
 
@@ -327,11 +332,11 @@ def sample_times(batch_size: int, data_proportion: float, distribution: str, dev
 
 
 def meanflow_loss(average, *, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
-    """Squared error, summed over d, of a network against its MeanFlow target (MeanFlow, equations 6 and 9); (B,).
+    """Squared error (B,) of a network against its MeanFlow target, summed over outputs (MeanFlow, equations 6 and 9).
 
-    The target is instantaneous - (t - r) d/dt average(x_t, r, t), with no gradient. `average(x, r, t)` is the network;
-    the total derivative runs along dx/dt = `velocity` (B, d), r held fixed. `instantaneous` is what `average` averages:
-    the velocity itself for u, its divergence (B, 1) for delta.
+    `average(x, r, t)` is the network. Its target is instantaneous - (t - r) d/dt average(x_t, r, t), without gradient.
+    The total derivative is along dx/dt = `velocity` (B, d), with r held fixed. `instantaneous` is the quantity that the
+    network averages over [r, t]: the velocity (B, d) for u, its divergence (B, 1) for delta.
     """
     with torch.no_grad():
         tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))
@@ -343,23 +348,24 @@ def meanflow_loss(average, *, x_t, r, t, velocity, instantaneous) -> torch.Tenso
 def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     """Value of a vector field at x (B, d) and the Skilling-Hutchinson estimate (B, 1) of its divergence.
 
-    That is the mean over the probes e (N, B, d), of zero mean and unit covariance, of e . (J e). One forward-mode
-    product serves all of them, so `field` takes (N, B, d).
+    The estimate is the mean of e . (J e) over probes e (N, B, d) of zero mean and unit covariance. One forward-mode
+    product serves all probes, so `field` must take (N, B, d).
     """
-    values, products = torch.func.jvp(field, (x.expand_as(probes).clone(),), (probes,))
+    x = x.expand_as(probes).clone()  # cloned, because jvp takes no expanded tensor
+    values, products = torch.func.jvp(field, (x,), (probes,))
     return values[0], (probes * products).sum(-1, keepdim=True).mean(0)
 
 
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """N(mean, std^2) truncated to [-1, 1], by inverting its distribution function at `uniform` in (0, 1).
 
-    In float64, and reflected so that the mean is not negative: a box far from it then lies in the lower tail, where
-    the distribution function keeps its relative precision. Returns float32.
+    It works in float64 and reflects the problem so that the mean is not negative. A box far from the mean then lies in
+    the lower tail, where the distribution function keeps its relative precision. Returns float32.
     """
     mean, std = mean.double(), std.double()
     sign = torch.where(mean < 0, -1.0, 1.0)
     low, high = (0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
-    cdf = (low + uniform * (high - low)).clamp(min=1e-300)  # farther out than 37 std all mass is at the near face
+    cdf = (low + uniform * (high - low)).clamp(min=1e-300)  # beyond 37 std the sample is the nearest face
     return (sign * (mean.abs() + std * torch.special.ndtri(cdf)).clamp(-1, 1)).float()
 
 
@@ -400,7 +406,7 @@ def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, 
 class VelocityEstimate(NamedTuple):
     """What `Agent.estimate_velocity` finds at B states."""
 
-    x_t: torch.Tensor  # (B, d), the noised actions, where the velocity is
+    x_t: torch.Tensor  # (B, d), the noised actions, at which the velocity is estimated
     velocity: torch.Tensor  # (B, d), the Boltzmann policy's marginal velocity at x_t
     a_0: torch.Tensor  # (B, d), the policy's actions that were noised
     log_prob: torch.Tensor  # (B, K1), log pi of all policy proposals
@@ -422,26 +428,27 @@ class Agent(nn.Module):
         self.apply(xavier_uniform)
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
         if args.critic_init_std is not None:
+            # The softmax of this bias is Student's t with 3 degrees of freedom and standard deviation critic_init_std.
             for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
                 nn.init.zeros_(output.weight)
-                output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)  # Student's t, 3 d.o.f.
+                output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
         self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.to(device)
         if args.likelihood == "exact" and action_dim > 16 and device.type == "cuda":
-            # For determinants of this size PyTorch prefers MAGMA, which waits for the GPU: no CUDA graph records that.
+            # Here PyTorch prefers MAGMA for determinants, which waits for the GPU. A CUDA graph cannot record that.
             torch.backends.cuda.preferred_linalg_library("cusolver")
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
         self.q_optimizer, self.actor_optimizer = adam(self.q_parameters), adam(self.actor.parameters())
         self.divergence_optimizer, self.alpha_optimizer = adam(self.divergence.parameters()), adam([self.log_alpha])
-        if args.compile:  # for these shapes alone, and with the random numbers of the eager update
+        if args.compile:  # for fixed shapes; fallback_random draws the same numbers as the eager update
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
     def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Mean of the critics' distributions: their minimum, or their average without clipped double Q."""
+        """Q(s, a) (...): the smaller of the two critics' means or, without clipped double Q, their average."""
         q1, q2 = (qf(obs, actions).softmax(-1) @ self.atoms for qf in (qf1, qf2))
         return torch.minimum(q1, q2) if self.args.clipped_double_q else (q1 + q2) / 2
 
@@ -450,7 +457,7 @@ class Agent(nn.Module):
         return sample_flow(self.actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
 
     def sample_with_log_prob(self, obs: torch.Tensor, noise: torch.Tensor):
-        """Actions before clipping (..., d) and log pi (...), by the likelihood in use; 0 where that is none."""
+        """Actions before clipping (..., d) and their log pi (...) by --likelihood; zeros where that is none."""
         actions, trajectory = self.sampler(obs, noise)
         if self.args.likelihood == "adn":
             return actions, flow_log_prob(self.divergence, obs, trajectory)
@@ -460,7 +467,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def sample_actions(self, obs: torch.Tensor, candidates: int = 1) -> torch.Tensor:
-        """The actions (B, d) for training, or the best of some candidates by the target critics."""
+        """One policy sample per state (B, d), or the best of several `candidates` by the target critics."""
         noise = torch.randn(len(obs), candidates, self.action_dim, device=obs.device)
         obs = obs[:, None]  # (B, 1, obs_dim)
         actions = self.sampler(obs, noise)[0].clamp(-1, 1)  # (B, candidates, d)
@@ -476,8 +483,8 @@ class Agent(nn.Module):
     def update(self, obs, actions, rewards, terminations, next_obs, with_policy=True) -> dict[str, torch.Tensor]:
         """One step on the critics and, `with_policy`, on policy, average divergence and temperature; scalars to log.
 
-        A change must keep three rules, or it cannot be recorded as a CUDA graph: no number is read on the host (no
-        `.item()`, no `if` on a tensor), no state of Python's changes from call to call, and shapes stay the same.
+        An update must keep three rules, or it cannot be recorded as a CUDA graph. It reads no number on the host (no
+        `.item()`, no `if` on a tensor). It changes no Python state from call to call. Its shapes stay the same.
         """
         alpha = self.log_alpha.detach().exp()
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
@@ -487,7 +494,7 @@ class Agent(nn.Module):
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
-        """One step on the critics, with a' from the current policy (there is no target actor), and on their targets."""
+        """One step on the critics, then on the target critics. a' is from the current policy: no target actor."""
         args = self.args
         with torch.no_grad():
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
@@ -524,7 +531,7 @@ class Agent(nn.Module):
         }
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One step on the policy, regressed on the Boltzmann policy's velocity; then on divergence and temperature."""
+        """One step on the policy, towards the Boltzmann policy's velocity; then divergence network and temperature."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
         estimate = self.estimate_velocity(obs, t, alpha)
         x_t, v = estimate.x_t, estimate.velocity
@@ -545,7 +552,7 @@ class Agent(nn.Module):
         if self.args.likelihood != "none":
             metrics["diagnostics/entropy"] = entropy
         if self.args.likelihood == "adn":
-            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0)
+            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0)  # after the policy's step
         if self.args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
             self.alpha_optimizer.zero_grad()
@@ -556,7 +563,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def estimate_velocity(self, obs: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor) -> VelocityEstimate:
-        """The Boltzmann policy's velocity at noised policy samples (B, d), from both proposals (paper, section 4)."""
+        """The Boltzmann policy's velocity (B, d) at noised policy samples, from both proposals (paper, section 4)."""
         batch_size, d, args = len(obs), self.action_dim, self.args
         obs = obs[:, None]  # (B, 1, obs_dim)
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
@@ -565,7 +572,7 @@ class Agent(nn.Module):
         a_0 = from_policy[:, 0]  # x_t is the first policy proposal, noised
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
-        # N(x_t; (1 - t) a, t^2 I) as a density of a, within the box: what is left for the weights is exp(Q / alpha).
+        # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box. It cancels: the weights are exp(Q / alpha).
         from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
 
         q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
@@ -580,14 +587,13 @@ class Agent(nn.Module):
         return VelocityEstimate(x_t, velocity, a_0, log_prob, ess_policy, ess_gaussian, policy_weight)
 
     def update_divergence(self, obs: torch.Tensor, a_0: torch.Tensor) -> torch.Tensor:
-        """One step on the average divergence network, towards the policy as it is now; returns the loss."""
+        """One step on the average divergence network, towards the policy that was just updated; returns the loss."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
         with torch.no_grad():
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
             probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
-            velocity, divergence = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
-        sides = {"x_t": x_t, "r": r, "t": t, "velocity": velocity, "instantaneous": divergence}
-        loss = meanflow_loss(partial(self.divergence, obs), **sides).mean()
+            v, div_v = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
+        loss = meanflow_loss(partial(self.divergence, obs), x_t=x_t, r=r, t=t, velocity=v, instantaneous=div_v).mean()
         self.divergence_optimizer.zero_grad()
         loss.backward()
         self.divergence_optimizer.step()
@@ -595,11 +601,11 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
-        """What is too costly for every update, at states (B, obs_dim); and a warning where the support is too narrow.
+        """Measures at states (B, obs_dim) that are too costly for every update. Warns if the support is too narrow.
 
-        The error of the network's log pi against the exact one, in nats; how far the sampler's actions are from those
-        of the instantaneous field that it averages (64 Euler steps from the same noise); and how much Q tells random
-        actions of a state apart, which against alpha says how peaked the Boltzmann policy is.
+        adn_log_prob_*: the error of the divergence network's log pi against the exact one, in nats.
+        flow_gap: the distance from the sampler's actions to those of 64 Euler steps from the same noise.
+        q_action_std: the spread of Q over random actions; far above alpha, the Boltzmann policy is peaked.
         """
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
@@ -608,9 +614,7 @@ class Agent(nn.Module):
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
         probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)
         if (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:  # new critics have 2 / num_atoms there
-            warn(
-                f"the critics predict returns at the edges of [{self.args.v_min}, {self.args.v_max}]: --v-min, --v-max"
-            )
+            warn(f"the critics' support [{self.args.v_min}, {self.args.v_max}] is too narrow; see --v-min and --v-max")
         scalars = {
             "diagnostics/flow_gap": gap.norm(dim=-1).mean().item(),
             "diagnostics/q_action_std": q.std(1).mean().item(),
@@ -658,7 +662,7 @@ def own_copy(env: gym.Env, obs) -> np.ndarray:
 
 
 def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-    """One step: the next observation (obs_dim,), reward, terminated, truncated. What else there is, is ignored."""
+    """One step: the next observation (obs_dim,), reward, terminated, truncated. The info dict is ignored."""
     if not np.isfinite(action).all():
         raise FloatingPointError(f"the policy's action is {action.tolist()}")
     obs, reward, terminated, truncated, _ = env.step(action)
@@ -671,8 +675,8 @@ def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, boo
 def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
     """Seed every random generator and begin new episodes; returns their first observations (num_envs, obs_dim).
 
-    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
-    same, on a CPU bit for bit, whatever generators an environment keeps.
+    This is called at the start and at each checkpoint, by a run that goes on and by a run that is resumed. So the two
+    are the same, whatever generators an environment keeps. On a CPU they agree bit for bit.
     """
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     for i, env in enumerate(envs):
@@ -688,7 +692,9 @@ class ReplayBuffer:
         sizes = {"obs": [obs_dim], "actions": [action_dim], "rewards": [], "terminations": [], "next_obs": [obs_dim]}
         self.rings = {name: torch.zeros(self.num_rows, num_envs, *n, device=device) for name, n in sizes.items()}
         self.added = 0  # rows so far
-        self.filled = torch.zeros((), device=device)  # rows to sample from; on the device, where a CUDA graph reads it
+        self.filled = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # rows that are filled, where a CUDA graph reads it
 
     def add(self, **transition: np.ndarray) -> None:
         """Append a row: for each ring an array of `num_envs` rows."""
@@ -713,7 +719,9 @@ class ReplayBuffer:
         return rings | {"added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` of a buffer of the same size returned."""
+        """Take back what `state_dict` returned, of a buffer of the same size or of a smaller one that was not full."""
+        if state["rewards"].shape != (min(state["added"], self.num_rows), self.num_envs):
+            raise ValueError("the replay buffer has another --buffer-size or --num-envs")
         for name, ring in self.rings.items():
             ring[: len(state[name])] = state[name]
         self.added = state["added"]
@@ -741,13 +749,14 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_step
             if not running:
                 return returns
             if stop():
-                return say("the evaluation was stopped and has no score")
+                say("the evaluation was stopped and has no score")
+                return None
     warn(f"an evaluation episode had not ended after {max_steps} steps and was cut (see --eval-max-steps)")
     return returns
 
 
-def train(args: Args) -> None:
-    """Train from scratch or, with `--resume`, from a checkpoint. What a run does besides is in `Run`."""
+def train(args: Args) -> int:
+    """Train from scratch or, with `--resume`, from a checkpoint; returns the exit code. `Run` has the rest of a run."""
     device = set_up_torch(args)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     with refusing(f"--env-id {args.env_id} cannot be made once more, for evaluation (see --eval-frequency)"):
@@ -765,8 +774,8 @@ def train(args: Args) -> None:
     graphed = args.cuda_graph and device.type == "cuda"
     learn, act, play = (CudaGraph(f, graphed) for f in (sample_and_update, agent.sample_actions, agent.eval_actions))
     with Run(args, agent, buffer) as run:
-        if args.capture_video and eval_envs:
-            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers are of eval, odd of eval_exploring
+        if args.capture_video:
+            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers: eval, odd: eval_exploring
             eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
         obs = restart(envs, derive_seed(args.seed, run.global_step, 1))  # (num_envs, obs_dim)
         returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes
@@ -800,16 +809,19 @@ def train(args: Args) -> None:
             if run.due(args.eval_frequency):
                 for tag, policy in (("eval", play), ("eval_exploring", act)):
                     seed = derive_seed(args.seed, global_step, 0)
-                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop.is_set)
+                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
                     if scores is not None:
                         run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
                         say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
             if run.checkpoint_due(lengths.max()):
                 run.save()
+                if run.ending:
+                    break
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))
                 returns[:], lengths[:] = 0, 0
     for env in (*eval_envs, *envs):
         env.close()
+    return run.exit_code
 
 
 class Run:
@@ -822,58 +834,63 @@ class Run:
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
         self.args, self.agent, self.buffer = args, agent, buffer
         self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
-        self.saved_step = None
+        self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that stops the run
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.resume or f"runs/{name}")
-        if args.resume:
-            self.load()
-        else:
+        if not args.resume:
             with refusing("the run's folder cannot be made"):
                 self.folder.mkdir(parents=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        with refusing(f"--resume {self.folder}: another process is training it"):
+        with refusing(f"--resume {self.folder}: it is no folder, or another process is training it"):
+            self.lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if args.resume:
+                self.load()
+        except SystemExit:
+            os.close(self.lock)
+            raise
         if args.track:
-            import wandb
-
-            place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.folder.name}
-            wandb.init(**place, name=self.folder.name, resume="allow", sync_tensorboard=True, config=vars(args))
+            place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
+            __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         if not args.resume:
             table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.restart_step = self.log_step = self.global_step
-        self.last_step, self.log_time = args.total_timesteps // args.num_envs * args.num_envs, time.time()
+        self.log_time = time.time()
 
     def __enter__(self) -> "Run":
-        self.stop = threading.Event()  # set by a signal
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
         return self
 
     def on_signal(self, number: int, frame) -> None:
+        if self.exit_code:
+            os._exit(128 + number)
         self.exit_code = 128 + number
-        if self.stop.is_set():
-            os._exit(self.exit_code)
-        self.stop.set()
         say("stopping with a checkpoint; once more to stop at once")
 
-    def steps(self) -> Iterator[int]:
-        """The global steps that are left, up to the one at which `checkpoint_due` finds that the run ends."""
-        self.ending, stride = False, self.args.num_envs
+    def stop_requested(self) -> bool:
+        return self.exit_code > 0
+
+    def steps(self) -> Iterable[int]:
+        """The global steps that are left, under a progress bar."""
+        total, stride = self.args.total_timesteps, self.args.num_envs
         # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster
-        options = {"unit": "step", "mininterval": 1, "miniters": 1, "smoothing": 0.5, "disable": None}
-        with tqdm(total=self.args.total_timesteps, initial=self.global_step, **options) as progress:
-            for global_step in range(self.global_step + stride, self.last_step + 1, stride):
-                yield global_step
-                progress.update(stride)
-                if self.ending:
-                    return
+        options = {"unit": "step", "unit_scale": stride > 1 and stride, "mininterval": 1, "miniters": 1}
+        options |= {"smoothing": 0.5, "disable": None, "initial": self.global_step // stride, "total": total // stride}
+        return tqdm(range(self.global_step + stride, total + 1, stride), **options)
 
     def due(self, every: int) -> bool:
         """Whether this step is the first one at or after a multiple of `every`; never if that is 0."""
-        return every > 0 and self.global_step // every > (self.global_step - self.args.num_envs) // every
+        return every > 0 and self.global_step % every < self.args.num_envs
+
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left."""
+        return self.global_step + self.args.num_envs > self.args.total_timesteps
 
     def log(self, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard. A full disk costs the curves and not the run."""
@@ -896,7 +913,7 @@ class Run:
         A checkpoint waits for all episodes to end (`longest` is then 0), but at most as long again.
         """
         since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
-        self.ending = self.stop.is_set() or self.global_step == self.last_step
+        self.ending = self.stop_requested() or self.complete
         if 0 < 2 * every <= since == longest:
             warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
         return self.ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
@@ -921,35 +938,36 @@ class Run:
         saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
         with refusing(f"--resume {self.folder} does not fit"):
             self.agent.load_state_dict(saved["agent"])
-            for name, optimizer in optimizers(self.agent).items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, optimizer in optimizers(self.agent).items():  # its learning rate is the flag's, not the saved one
+                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a copy: what is saved is a map of the file
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
-            self.global_step, self.num_updates = saved["global_step"], saved["num_updates"]
-            self.metrics = {name: x.to(self.agent.log_alpha.device) for name, x in saved["metrics"].items()}
-        self.saved_step = self.global_step
+            device = self.agent.log_alpha.device
+            self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
+            self.global_step = self.saved_step = saved["global_step"]
+        # Not the saved number: after a change of --utd-ratio, updates go on at the new rate from here.
+        self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        new = self.global_step > (self.saved_step or 0)
-        if new and isinstance(error, Exception) and not isinstance(error, FloatingPointError):
-            with suppress(FloatingPointError):
+        if error and not isinstance(error, FloatingPointError) and self.global_step > (self.saved_step or 0):
+            with suppress(Exception):  # what is shown is the first error
                 self.save()
-        complete = error is None and self.global_step >= self.last_step
-        if complete and self.args.save_model:
+        if self.complete and not error and self.args.save_model:
             write_file(self.folder / "model.pt", lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
         with suppress(OSError):
             self.writer.close()
         os.close(self.lock)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         again = shlex.join(["python", os.path.relpath(__file__), "--resume", str(self.folder)])
         how = "there is no checkpoint" if self.saved_step is None else f"from step {self.saved_step}: {again}"
-        if complete:
-            say(f"The run's files are in {self.folder}")
-        elif error is None:
-            say(f"stopped at step {self.global_step}; {how}")
-            sys.exit(self.exit_code)
-        else:  # shown below the traceback
+        if error:  # shown below the traceback
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
+        elif self.complete:
+            self.exit_code = 0
+            say(f"The run's files are in {self.folder}")
+        else:
+            say(f"stopped at step {self.global_step}; {how}")
 
 
 def write_file(path: Path, content) -> bool:
@@ -970,7 +988,7 @@ def write_file(path: Path, content) -> bool:
 
 
 def load_file(path: str | Path, flag: str) -> tuple[dict, Args]:
-    """What a script has saved, on the CPU, and its arguments; no code in it is run. Exits with code 2 if unusable."""
+    """A saved file's content, on the CPU, and its arguments. Runs no code from it; exits with code 2 if unusable."""
     with refusing(f"{flag} {path} cannot be used"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} is damaged")
@@ -1035,11 +1053,12 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if key not in self.graphs:
-            graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            graph, copies, current = torch.cuda.CUDAGraph(), [x.clone() for x in inputs], torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self.graphs[key] = graph, copies, self.function(*copies, **flags)
             except RuntimeError as error:
+                torch.cuda.set_stream(current)  # where recording fails at its end, PyTorch leaves its own
                 warn(f"a CUDA graph cannot be recorded, so the run goes on without ({error})")
                 self.enabled = False
                 return self.function(*inputs, **flags)
@@ -1062,7 +1081,7 @@ def set_up_torch(args: Args) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory instead of returning it, for the system zeroes each page that comes back.
+    """Make glibc keep freed memory instead of returning it, because the system zeroes each page that comes back.
 
     An update then takes about a fifth less time.
     """
@@ -1075,8 +1094,9 @@ def keep_freed_memory() -> None:
 
 LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
+LIMITS["diagnostics_frequency"] = (0, 1e30)
 LIMITS |= {name: (-1e30, 1e30) for name in ("rho", "v_min", "v_max")} | {"data_proportion": (0, 0.999)}
-LIMITS |= {"diagnostics_frequency": (0, 1e30), "num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
+LIMITS |= {"num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
 
 
 def can_compile() -> bool:
@@ -1116,6 +1136,8 @@ def check_args(args: Args) -> None:
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag) and not find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    if args.capture_video and not args.eval_frequency and args.evaluate is None:
+        fail("--capture-video records evaluations, which --eval-frequency 0 turns off")
     if args.track:
         with refusing("--track: there is no access to Weights and Biases"):
             __import__("wandb").login()
@@ -1127,9 +1149,8 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__[::-1]}
     groups = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in kinds.items()}
     description = textwrap.indent("\n\n".join(__doc__.split("\n\n")[:3]), " ")  # tyro keeps lines that begin so
-    options = {"args": line, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
-    flags = make_dataclass("Flags", kinds.items())
-    parsed = tyro.cli(flags, default=flags(**groups), **options)
+    flags, config = make_dataclass("Flags", kinds.items()), (tyro.conf.OmitArgPrefixes,)
+    parsed = tyro.cli(flags, args=line, default=flags(**groups), description=description, config=config)
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
@@ -1184,7 +1205,7 @@ def refusing(what: str):
 
 if __name__ == "__main__":
     keep_freed_memory()
-    # Without a buffer of Python's, lines appear at once, and one that cannot be printed is no burden to the next.
+    # Unbuffered: lines appear at once, and a line that cannot be printed does not stop the next one.
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), sys.stdout.encoding, write_through=True)
     args = parse_args()
-    train(args) if args.evaluate is None else evaluate_saved(args)
+    sys.exit(train(args) if args.evaluate is None else evaluate_saved(args))

@@ -33,19 +33,18 @@ import shlex
 import signal
 import sys
 import textwrap
-import threading
 import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-# A thread that waits soon leaves its core to other runs. PyTorch's OpenMP reads this when it is loaded.
+# A waiting thread gives up its core to other runs sooner. PyTorch's OpenMP reads this when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import gymnasium as gym
 import numpy as np
@@ -76,7 +75,7 @@ class RunArgs:
     cuda_graph: bool = True
     """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
     threads: int = 4
-    """CPU threads, at most (no more than OMP_NUM_THREADS or the cores)"""
+    """most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it"""
     log_frequency: int = 100
     """environment steps between two rows of losses and diagnostics"""
     diagnostics_frequency: int = 1_000
@@ -106,7 +105,7 @@ class OutputArgs:
     checkpoint_frequency: int = 10_000
     """steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops"""
     resume: str | None = None
-    """go on with the run in this folder; its own flags hold where no others are given"""
+    """continue the run in this folder; flags that are not given keep the values of that run"""
 
 
 @dataclass
@@ -141,7 +140,7 @@ class MethodArgs:
 
 @dataclass
 class Args(MethodArgs, TrainingArgs, OutputArgs, RunArgs):
-    """All flags, in the order of the base classes from last to first, which are the groups of --help."""
+    """All flags. The base classes, from last to first, are the groups of --help."""
 
 
 class SoftQNetwork(nn.Module):
@@ -224,8 +223,8 @@ class Agent(nn.Module):
     def update(self, obs, actions, rewards, terminations, next_obs, with_policy=True) -> dict[str, torch.Tensor]:
         """One step on the critics and, `with_policy`, on policy and temperature; returns scalars to log.
 
-        A change must keep three rules, or it cannot be recorded as a CUDA graph: no number is read on the host (no
-        `.item()`, no `if` on a tensor), no state of Python's changes from call to call, and shapes stay the same.
+        An update must keep three rules, or it cannot be recorded as a CUDA graph. It reads no number on the host (no
+        `.item()`, no `if` on a tensor). It changes no Python state from call to call. Its shapes stay the same.
         """
         alpha = self.log_alpha.detach().exp()
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
@@ -316,7 +315,7 @@ def own_copy(env: gym.Env, obs) -> np.ndarray:
 
 
 def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-    """One step: the next observation (obs_dim,), reward, terminated, truncated. What else there is, is ignored."""
+    """One step: the next observation (obs_dim,), reward, terminated, truncated. The info dict is ignored."""
     if not np.isfinite(action).all():
         raise FloatingPointError(f"the policy's action is {action.tolist()}")
     obs, reward, terminated, truncated, _ = env.step(action)
@@ -329,8 +328,8 @@ def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, boo
 def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
     """Seed every random generator and begin new episodes; returns their first observations (num_envs, obs_dim).
 
-    Called at the start and at each checkpoint, by the run that goes on and by one resumed from it: so the two are the
-    same, on a CPU bit for bit, whatever generators an environment keeps.
+    This is called at the start and at each checkpoint, by a run that goes on and by a run that is resumed. So the two
+    are the same, whatever generators an environment keeps. On a CPU they agree bit for bit.
     """
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     for i, env in enumerate(envs):
@@ -346,7 +345,9 @@ class ReplayBuffer:
         sizes = {"obs": [obs_dim], "actions": [action_dim], "rewards": [], "terminations": [], "next_obs": [obs_dim]}
         self.rings = {name: torch.zeros(self.num_rows, num_envs, *n, device=device) for name, n in sizes.items()}
         self.added = 0  # rows so far
-        self.filled = torch.zeros((), device=device)  # rows to sample from; on the device, where a CUDA graph reads it
+        self.filled = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # rows that are filled, where a CUDA graph reads it
 
     def add(self, **transition: np.ndarray) -> None:
         """Append a row: for each ring an array of `num_envs` rows."""
@@ -371,7 +372,9 @@ class ReplayBuffer:
         return rings | {"added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` of a buffer of the same size returned."""
+        """Take back what `state_dict` returned, of a buffer of the same size or of a smaller one that was not full."""
+        if state["rewards"].shape != (min(state["added"], self.num_rows), self.num_envs):
+            raise ValueError("the replay buffer has another --buffer-size or --num-envs")
         for name, ring in self.rings.items():
             ring[: len(state[name])] = state[name]
         self.added = state["added"]
@@ -399,13 +402,14 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_step
             if not running:
                 return returns
             if stop():
-                return say("the evaluation was stopped and has no score")
+                say("the evaluation was stopped and has no score")
+                return None
     warn(f"an evaluation episode had not ended after {max_steps} steps and was cut (see --eval-max-steps)")
     return returns
 
 
-def train(args: Args) -> None:
-    """Train from scratch or, with `--resume`, from a checkpoint. What a run does besides is in `Run`."""
+def train(args: Args) -> int:
+    """Train from scratch or, with `--resume`, from a checkpoint; returns the exit code. `Run` has the rest of a run."""
     device = set_up_torch(args)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     with refusing(f"--env-id {args.env_id} cannot be made once more, for evaluation (see --eval-frequency)"):
@@ -423,8 +427,8 @@ def train(args: Args) -> None:
     graphed = args.cuda_graph and device.type == "cuda"
     learn, act, play = (CudaGraph(f, graphed) for f in (sample_and_update, agent.sample_actions, agent.eval_actions))
     with Run(args, agent, buffer) as run:
-        if args.capture_video and eval_envs:
-            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers are of eval, odd of eval_exploring
+        if args.capture_video:
+            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers: eval, odd: eval_exploring
             eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
         obs = restart(envs, derive_seed(args.seed, run.global_step, 1))  # (num_envs, obs_dim)
         returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes
@@ -458,16 +462,19 @@ def train(args: Args) -> None:
             if run.due(args.eval_frequency):
                 for tag, policy in (("eval", play), ("eval_exploring", act)):
                     seed = derive_seed(args.seed, global_step, 0)
-                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop.is_set)
+                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
                     if scores is not None:
                         run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
                         say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
             if run.checkpoint_due(lengths.max()):
                 run.save()
+                if run.ending:
+                    break
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))
                 returns[:], lengths[:] = 0, 0
     for env in (*eval_envs, *envs):
         env.close()
+    return run.exit_code
 
 
 class Run:
@@ -480,58 +487,63 @@ class Run:
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
         self.args, self.agent, self.buffer = args, agent, buffer
         self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
-        self.saved_step = None
+        self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that stops the run
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.resume or f"runs/{name}")
-        if args.resume:
-            self.load()
-        else:
+        if not args.resume:
             with refusing("the run's folder cannot be made"):
                 self.folder.mkdir(parents=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        with refusing(f"--resume {self.folder}: another process is training it"):
+        with refusing(f"--resume {self.folder}: it is no folder, or another process is training it"):
+            self.lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            if args.resume:
+                self.load()
+        except SystemExit:
+            os.close(self.lock)
+            raise
         if args.track:
-            import wandb
-
-            place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.folder.name}
-            wandb.init(**place, name=self.folder.name, resume="allow", sync_tensorboard=True, config=vars(args))
+            place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
+            __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         if not args.resume:
             table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.restart_step = self.log_step = self.global_step
-        self.last_step, self.log_time = args.total_timesteps // args.num_envs * args.num_envs, time.time()
+        self.log_time = time.time()
 
     def __enter__(self) -> "Run":
-        self.stop = threading.Event()  # set by a signal
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
         return self
 
     def on_signal(self, number: int, frame) -> None:
+        if self.exit_code:
+            os._exit(128 + number)
         self.exit_code = 128 + number
-        if self.stop.is_set():
-            os._exit(self.exit_code)
-        self.stop.set()
         say("stopping with a checkpoint; once more to stop at once")
 
-    def steps(self) -> Iterator[int]:
-        """The global steps that are left, up to the one at which `checkpoint_due` finds that the run ends."""
-        self.ending, stride = False, self.args.num_envs
+    def stop_requested(self) -> bool:
+        return self.exit_code > 0
+
+    def steps(self) -> Iterable[int]:
+        """The global steps that are left, under a progress bar."""
+        total, stride = self.args.total_timesteps, self.args.num_envs
         # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster
-        options = {"unit": "step", "mininterval": 1, "miniters": 1, "smoothing": 0.5, "disable": None}
-        with tqdm(total=self.args.total_timesteps, initial=self.global_step, **options) as progress:
-            for global_step in range(self.global_step + stride, self.last_step + 1, stride):
-                yield global_step
-                progress.update(stride)
-                if self.ending:
-                    return
+        options = {"unit": "step", "unit_scale": stride > 1 and stride, "mininterval": 1, "miniters": 1}
+        options |= {"smoothing": 0.5, "disable": None, "initial": self.global_step // stride, "total": total // stride}
+        return tqdm(range(self.global_step + stride, total + 1, stride), **options)
 
     def due(self, every: int) -> bool:
         """Whether this step is the first one at or after a multiple of `every`; never if that is 0."""
-        return every > 0 and self.global_step // every > (self.global_step - self.args.num_envs) // every
+        return every > 0 and self.global_step % every < self.args.num_envs
+
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left."""
+        return self.global_step + self.args.num_envs > self.args.total_timesteps
 
     def log(self, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard. A full disk costs the curves and not the run."""
@@ -554,7 +566,7 @@ class Run:
         A checkpoint waits for all episodes to end (`longest` is then 0), but at most as long again.
         """
         since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
-        self.ending = self.stop.is_set() or self.global_step == self.last_step
+        self.ending = self.stop_requested() or self.complete
         if 0 < 2 * every <= since == longest:
             warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
         return self.ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
@@ -579,35 +591,36 @@ class Run:
         saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
         with refusing(f"--resume {self.folder} does not fit"):
             self.agent.load_state_dict(saved["agent"])
-            for name, optimizer in optimizers(self.agent).items():
-                optimizer.load_state_dict(saved["optimizers"][name])
+            for name, optimizer in optimizers(self.agent).items():  # its learning rate is the flag's, not the saved one
+                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a copy: what is saved is a map of the file
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
-            self.global_step, self.num_updates = saved["global_step"], saved["num_updates"]
-            self.metrics = {name: x.to(self.agent.log_alpha.device) for name, x in saved["metrics"].items()}
-        self.saved_step = self.global_step
+            device = self.agent.log_alpha.device
+            self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
+            self.global_step = self.saved_step = saved["global_step"]
+        # Not the saved number: after a change of --utd-ratio, updates go on at the new rate from here.
+        self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        new = self.global_step > (self.saved_step or 0)
-        if new and isinstance(error, Exception) and not isinstance(error, FloatingPointError):
-            with suppress(FloatingPointError):
+        if error and not isinstance(error, FloatingPointError) and self.global_step > (self.saved_step or 0):
+            with suppress(Exception):  # what is shown is the first error
                 self.save()
-        complete = error is None and self.global_step >= self.last_step
-        if complete and self.args.save_model:
+        if self.complete and not error and self.args.save_model:
             write_file(self.folder / "model.pt", lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
         with suppress(OSError):
             self.writer.close()
         os.close(self.lock)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         again = shlex.join(["python", os.path.relpath(__file__), "--resume", str(self.folder)])
         how = "there is no checkpoint" if self.saved_step is None else f"from step {self.saved_step}: {again}"
-        if complete:
-            say(f"The run's files are in {self.folder}")
-        elif error is None:
-            say(f"stopped at step {self.global_step}; {how}")
-            sys.exit(self.exit_code)
-        else:  # shown below the traceback
+        if error:  # shown below the traceback
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
+        elif self.complete:
+            self.exit_code = 0
+            say(f"The run's files are in {self.folder}")
+        else:
+            say(f"stopped at step {self.global_step}; {how}")
 
 
 def write_file(path: Path, content) -> bool:
@@ -628,7 +641,7 @@ def write_file(path: Path, content) -> bool:
 
 
 def load_file(path: str | Path, flag: str) -> tuple[dict, Args]:
-    """What a script has saved, on the CPU, and its arguments; no code in it is run. Exits with code 2 if unusable."""
+    """A saved file's content, on the CPU, and its arguments. Runs no code from it; exits with code 2 if unusable."""
     with refusing(f"{flag} {path} cannot be used"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} is damaged")
@@ -693,11 +706,12 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if key not in self.graphs:
-            graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            graph, copies, current = torch.cuda.CUDAGraph(), [x.clone() for x in inputs], torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, stream=self.stream):
                     self.graphs[key] = graph, copies, self.function(*copies, **flags)
             except RuntimeError as error:
+                torch.cuda.set_stream(current)  # where recording fails at its end, PyTorch leaves its own
                 warn(f"a CUDA graph cannot be recorded, so the run goes on without ({error})")
                 self.enabled = False
                 return self.function(*inputs, **flags)
@@ -721,7 +735,7 @@ def set_up_torch(args: Args) -> torch.device:
 
 LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
-LIMITS |= {"diagnostics_frequency": (0, 1e30)}
+LIMITS["diagnostics_frequency"] = (0, 1e30)
 CONFLICTS = []  # of flags: a test of args, and what to say where it is true
 
 
@@ -741,6 +755,8 @@ def check_args(args: Args) -> None:
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag) and not find_spec(package):
             fail(f"--{flag.replace('_', '-')} needs the package {package}: pip install {package}")
+    if args.capture_video and not args.eval_frequency and args.evaluate is None:
+        fail("--capture-video records evaluations, which --eval-frequency 0 turns off")
     if args.track:
         with refusing("--track: there is no access to Weights and Biases"):
             __import__("wandb").login()
@@ -752,9 +768,8 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__[::-1]}
     groups = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in kinds.items()}
     description = textwrap.indent("\n\n".join(__doc__.split("\n\n")[:3]), " ")  # tyro keeps lines that begin so
-    options = {"args": line, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
-    flags = make_dataclass("Flags", kinds.items())
-    parsed = tyro.cli(flags, default=flags(**groups), **options)
+    flags, config = make_dataclass("Flags", kinds.items()), (tyro.conf.OmitArgPrefixes,)
+    parsed = tyro.cli(flags, args=line, default=flags(**groups), description=description, config=config)
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
@@ -808,7 +823,7 @@ def refusing(what: str):
 
 
 if __name__ == "__main__":
-    # Without a buffer of Python's, lines appear at once, and one that cannot be printed is no burden to the next.
+    # Unbuffered: lines appear at once, and a line that cannot be printed does not stop the next one.
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), sys.stdout.encoding, write_through=True)
     args = parse_args()
-    train(args) if args.evaluate is None else evaluate_saved(args)
+    sys.exit(train(args) if args.evaluate is None else evaluate_saved(args))

@@ -1,6 +1,7 @@
 """Runs that survive: kills, resume, stops, faulty environments, bad numbers, full disks, bad files and bad flags."""
 
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import pty
@@ -532,6 +533,25 @@ def test_a_run_goes_on_with_its_own_flags_where_no_others_are_given(tmp_path, mo
     assert saved["global_step"] == 80 and saved["args"]["tau"] == 0.1 and saved["args"]["batch_size"] == 8
     sac.train(sac.parse_args(["--resume", f"runs/{only_run(tmp_path).name}", "--gamma", "0.5"]))  # it is complete
     assert checkpoint(tmp_path)["args"]["gamma"] == 0.99
+    more = ["--total-timesteps", "100", "--q-lr", "0.5", "--utd-ratio", "0.5", "--buffer-size", "2000000"]
+    sac.train(sac.parse_args(["--resume", f"runs/{only_run(tmp_path).name}", *more]))
+    saved = checkpoint(tmp_path)
+    assert saved["optimizers"]["q_optimizer"]["param_groups"][0]["lr"] == 0.5
+    assert saved["num_updates"] == 30 and saved["buffer"]["added"] == len(saved["buffer"]["obs"]) == 100
+
+
+def test_a_buffer_of_another_shape_is_refused():
+    """What it would read instead are zeros, or one environment's transitions as those of two."""
+    state = {}
+    for num_envs, size in ((1, 4), (1, 8), (2, 8)):
+        buffer = sac.ReplayBuffer(size, num_envs, 3, 2, torch.device("cpu"))
+        if state:
+            with pytest.raises(ValueError, match="another --buffer-size or --num-envs"):
+                buffer.load_state_dict(state)
+            continue
+        for _ in range(6):
+            buffer.add(**{name: np.zeros(ring.shape[1:]) for name, ring in buffer.rings.items()})
+        state = buffer.state_dict()
 
 
 def test_what_is_in_the_way_of_the_folder_is_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
@@ -574,6 +594,7 @@ def test_weights_and_biases_without_a_key_is_said_before_anything_is_made(tmp_pa
 
 
 BAD_LINES = """
+--capture-video --eval-frequency 0 | which --eval-frequency 0 turns off
 --env-id Hoper-v4 | Did you mean: `Hopper`?
 --env-id no_such_module:Hopper-v4 | no_such_module
 --env-id CartPole-v1 | its actions are Discrete
@@ -671,10 +692,11 @@ OWN_BAD_LINES = {
 def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setattr(sac, "find_spec", lambda name: name == "moviepy" or importlib.util.find_spec(name))
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 55, "mfpo_continuous": 17, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 56, "mfpo_continuous": 17, "smfp_continuous": 9}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))

@@ -197,6 +197,7 @@ class FakeGraph(contextlib.AbstractContextManager):
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self)
         monkeypatch.setattr(torch.cuda, "Stream", lambda: self)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
     def __enter__(self):

@@ -591,7 +591,7 @@ def test_critics_that_learn_a_return_outside_their_support_are_warned_of_once(su
     for _ in range(2):
         agent.diagnostics(obs)
     out = capsys.readouterr().out
-    assert out.count("the critics predict returns at the edges of [-1.0, 1.0]: --v-min, --v-max") == warned
+    assert out.count("the critics' support [-1.0, 1.0] is too narrow; see --v-min and --v-max") == warned
     assert out.count("warning") == warned
 
 

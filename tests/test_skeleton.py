@@ -45,7 +45,7 @@ def test_smoke_save_and_evaluate(script, tmp_path):
     flags = ["--env-id", env_id, *SHORT, "--eval-frequency", 225, "--eval-episodes", 2, "--save-model"]
     flags += ["--diagnostics-frequency", 150]
     if script == "mfpo_continuous":
-        flags += ["--policy-proposals", 4, "--gaussian-proposals", 4]
+        flags += ["--policy-proposals", 4, "--gaussian-proposals", 4, "--batch-size", 8]
     done = command_line(script, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     assert "is out of date" not in done.stderr  # papers report v4
@@ -78,7 +78,7 @@ def test_smoke_save_and_evaluate(script, tmp_path):
 def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path, monkeypatch):
     flags = ["--env-id", "Pendulum-v1", *SHORT, "--total-timesteps", 250, "--eval-episodes", 2]
     if script == "mfpo_continuous":
-        flags += ["--policy-proposals", 2, "--gaussian-proposals", 2]
+        flags += ["--policy-proposals", 2, "--gaussian-proposals", 2, "--batch-size", 8]
     series = []
     for name, frequency in (("here", 0), ("here_too", 125), ("elsewhere", 125)):
         line = [*map(str, flags), "--eval-frequency", str(frequency)]
