@@ -25,10 +25,9 @@ In TensorBoard: eval/episodic_return is the score, from the best of 10 candidate
     diagnostics/ess_*      near 1, the temperature is too low for the proposals
     diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
     diagnostics/edge_mass  if it stays above 0.03, the critics' support is too narrow (new critics have 0.02)
-    diagnostics/q_std      the spread of the predicted returns. It starts at 900 and falls by a factor e in 1 / (tau
-                           (1 - gamma)) updates, sooner where episodes terminate. While it is large, small rewards teach
-                           little. Learning starts sooner with --critic-init-std 32, or with --v-min and --v-max of the
-                           task's scale.
+    diagnostics/q_std      the spread of the predicted returns: 900 at first; it falls by a factor e in 1 / (tau (1 -
+                           gamma)) updates or sooner. While it is large, small rewards teach little. --critic-init-std
+                           32, or --v-min and --v-max of the task's scale, make learning start sooner.
 """
 
 import copy
