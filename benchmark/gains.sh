@@ -13,7 +13,7 @@ with() { # SCRIPT CHANGE: a script with one that was tried and not kept
 for script in mfpo smfp; do
     for change in concat_linear keep_freed_memory fused_adam unfilled_memory; do without $script $change; done
 done
-for change in keep_freed_memory fused_adam unfilled_memory; do without sac $change; done
+for change in fused_adam unfilled_memory; do without sac $change; done
 with mfpo states_by_parts
 with mfpo elementary_layer_norm
 with smfp compiled_update
