@@ -25,9 +25,8 @@ In TensorBoard: eval/episodic_return is the score, from the best of 10 candidate
     diagnostics/ess_*      near 1, the temperature is too low for the proposals
     diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
     diagnostics/edge_mass  if it stays above 0.03, the critics' support is too narrow (new critics have 0.02)
-    diagnostics/q_std      the spread of the predicted returns: 900 at first; it falls by a factor e in 1 / (tau (1 -
-                           gamma)) updates or sooner. While it is large, small rewards teach little. --critic-init-std
-                           32, or --v-min and --v-max of the task's scale, make learning start sooner.
+    diagnostics/q_std      the spread of the predicted returns: 900 at first, which hides small rewards for tens of
+                           thousands of updates; --critic-init-std 32, or a narrower --v-min and --v-max, start sooner
 """
 
 import copy
