@@ -517,6 +517,7 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
+        say(f"Training on {self.agent.log_alpha.device}; the run's files are in {self.folder}")
         return self
 
     def on_signal(self, number: int, frame) -> None:
@@ -618,7 +619,7 @@ class Run:
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
         elif self.complete:
             self.exit_code = 0
-            say(f"The run's files are in {self.folder}")
+            say(f"Done; the run's files are in {self.folder}")
         else:
             say(f"stopped at step {self.global_step}; {how}")
 

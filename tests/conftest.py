@@ -9,3 +9,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not det
 import torch
 
 torch.set_flush_denormal(True)  # as the scripts do: what is tested must hold without denormals
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more worker than cores for `-n auto`: a core is idle while a test waits for a process."""
+    return (os.cpu_count() or 1) + 1

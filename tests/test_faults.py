@@ -96,7 +96,7 @@ def assert_equal_runs(first, second):
         assert len({step for step, _ in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("script", "kills"), [("sac_continuous", 8), ("smfp_continuous", 3), ("mfpo_continuous", 3)])
+@pytest.mark.parametrize(("script", "kills"), [("sac_continuous", 6), ("smfp_continuous", 3), ("mfpo_continuous", 3)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, kills, tmp_path):
     """Kill -9 at random moments, every third one while a checkpoint is being written; then resume and compare."""
     line = [*flags(script, steps=60 * kills, every=20), "--utd-ratio", "0.25"]
@@ -167,7 +167,7 @@ def test_nohup_lets_a_run_go_on_when_its_terminal_is_closed(tmp_path):
     running = stalled(tmp_path, "Stall-v0", 200, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     running.send_signal(signal.SIGHUP)
     out, _ = running.communicate()
-    assert running.returncode == 0 and out.splitlines()[-1].startswith("The run's files are in")
+    assert running.returncode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
 
 
 def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path):
@@ -183,7 +183,7 @@ def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path):
     running = stalled(tmp_path, "StallInEvaluation-v0", 220, 40, "--save-model")
     running.terminate()
     out, _ = running.communicate()
-    assert running.returncode == 0 and out.splitlines()[-1].startswith("The run's files are in")
+    assert running.returncode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
     assert (only_run(tmp_path) / "model.pt").exists()
 
 
@@ -432,6 +432,7 @@ def test_a_dead_tensorboard_writer_is_reported_once(tmp_path, monkeypatch, capsy
 def test_lines_appear_at_once_and_a_reader_that_goes_away_ends_nothing(tmp_path):
     line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags(steps=400), "--eval-frequency", "60"]
     running = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert running.stdout.readline().startswith("Training on cpu; the run's files are in runs/")
     assert running.stdout.readline().startswith("step 60: eval return")
     assert running.poll() is None and not (only_run(tmp_path) / "model.pt").exists()  # it is under way
     running.stdout.close()
