@@ -9,11 +9,7 @@ rate of the runs that went at once. A peer is another version of a script. Write
 """
 
 import csv
-import os
-import shlex
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +17,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-from benchmark.speed import machine, parse_peer  # noqa: E402
+from benchmark.speed import environment, machine, parse_peer, time_runs  # noqa: E402
 
 
 @dataclass
@@ -38,28 +34,6 @@ class Args:
     """how long each run is timed for"""
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """SCRIPT:NAME=COMMAND of another version of a script; may be given more than once"""
-    threads: int = os.cpu_count() or 1
-    """cores of the machine, for the record; the runs choose their threads themselves"""
-
-
-def rates(words: list[str], count: int, args: Args) -> list[float]:
-    """Training steps per second of each of `count` runs that are started at the same moment."""
-    flags = "--env-id benchmark.timed:Timed-v0 --learning-starts 1000 --total-timesteps 1000000 --buffer-size 100000"
-    words = [*words, *flags.split(), "--eval-frequency", "0", "--checkpoint-frequency", "0"]
-    with tempfile.TemporaryDirectory() as folder:
-        files, processes = [Path(folder, f"time{i}") for i in range(count)], []
-        for i, file in enumerate(files):
-            timing = {"TIMED_ENV": args.task, "TIMED_FROM": "1005", "TIMED_SECONDS": str(args.seconds)}
-            timing |= {"TIMED_FILE": str(file), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-            line = [*words, "--seed", str(i + 1)]
-            processes.append(subprocess.Popen(line, cwd=folder, env=os.environ | timing, **streams))
-        errors = [process.communicate()[1] for process in processes]
-        missing = [error for file, error in zip(files, errors, strict=True) if not file.exists()]
-        if missing:
-            sys.exit(f"several.py: error: {shlex.join(words)} was not timed: {missing[0][-300:]}")
-        pairs = [map(float, file.read_text().split()) for file in files]
-    return [steps / seconds for steps, seconds in pairs]
 
 
 def main(args: Args) -> None:
@@ -68,7 +42,8 @@ def main(args: Args) -> None:
     rows = []
     for count in args.counts:
         for (script, version), words in commands.items():
-            found = rates(words, count, args)
+            alone = [*words, "--buffer-size", "100000", "--eval-frequency", "0", "--checkpoint-frequency", "0"]
+            found = time_runs(alone, count, args.task, args.seconds, environment(None), first=5)
             rows.append((script, version, count, sum(found) / count, min(found), max(found)))
             print(*rows[-1], flush=True)
     with open(f"{args.out}.csv", "w", newline="") as file:
@@ -81,7 +56,7 @@ def main(args: Args) -> None:
     for script, version in commands:
         cells = [f"{means[script, version, count]:.3g}" for count in args.counts]
         lines.append(f"| {script} | {version} | " + " | ".join(cells) + " |")
-    text = f"{machine(args).replace(f' ({args.threads} threads used)', '')}; {args.task}, {args.seconds:g} s each\n\n"
+    text = f"{machine(None)}; {args.task}, {args.seconds:g} s each\n\n"
     Path(f"{args.out}.md").write_text(text + "\n".join(lines) + "\n")
 
 

@@ -144,10 +144,10 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     answer_rounds(update, *(partial(act, module.CudaGraph(play, graphed)) for play in plays), wait=wait, facts=facts)
 
 
-def environment(args: Args) -> dict[str, str]:
-    """The environment variables of a timed process."""
+def environment(threads: int | None) -> dict[str, str]:
+    """The environment variables of a timed process; without `threads` it chooses their number itself."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"  # benchmark.timed is found there
-    return os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": path}
+    return os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def parse_peer(text: str, scripts: tuple[str, ...]) -> tuple[str, str, list[str]]:
@@ -169,7 +169,7 @@ def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
     answers, processes = {key: [] for key in commands}, {}
     for key, words in commands.items():  # one after the other: warming up is work too
         processes[key] = subprocess.Popen(
-            [*words, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(args)
+            [*words, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(args.threads)
         )
         if not json.loads(processes[key].stdout.readline() or "{}").get("ready"):
             sys.exit(f"speed.py: error: {shlex.join(words)} did not get ready")
@@ -181,6 +181,24 @@ def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
         process.stdin.close()
         process.wait()
     return answers
+
+
+def time_runs(words: list[str], count: int, task: str, seconds: float, variables: dict, first: int = 50) -> list[float]:
+    """Training steps per second of each of `count` runs of a script, all at once, from learning step `first` on."""
+    same = ["--env-id", "benchmark.timed:Timed-v0", "--learning-starts", "1000", "--total-timesteps", "1000000"]
+    variables = variables | {"TIMED_ENV": task, "TIMED_FROM": str(1000 + first), "TIMED_SECONDS": str(seconds)}
+    with tempfile.TemporaryDirectory() as folder:
+        files, processes = [Path(folder, f"time{i}") for i in range(count)], []
+        for i, file in enumerate(files):
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+            line, timing = [*words, *same, "--seed", str(i + 1)], variables | {"TIMED_FILE": str(file)}
+            processes.append(subprocess.Popen(line, cwd=folder, env=timing, **streams))
+        errors = [process.communicate()[1] for process in processes]
+        for file, error in zip(files, errors, strict=True):
+            if not file.exists():
+                sys.exit(f"speed.py: error: {shlex.join(words)} was not timed: {error[-300:]}")
+        pairs = [map(float, file.read_text().split()) for file in files]
+        return [steps / seconds for steps, seconds in pairs]
 
 
 def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
@@ -195,22 +213,10 @@ def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
         if mode != "compiled" or can_compile(script)
     }
     commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.loop_peer)}
-    same = ["--env-id", "benchmark.timed:Timed-v0", "--seed", "1"]
-    same += ["--learning-starts", "1000", "--total-timesteps", "1000000"]
     speeds = {key: [] for key in commands}
     for _ in range(args.loop_rounds):
         for key, words in commands.items():
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "time")
-                timing = {"TIMED_ENV": task, "TIMED_FROM": "1050", "TIMED_FILE": str(file)}
-                timing["TIMED_SECONDS"] = str(args.loop_seconds)
-                done = subprocess.run(
-                    [*words, *same], cwd=folder, env=environment(args) | timing, capture_output=True, text=True
-                )
-                if not file.exists():
-                    sys.exit(f"speed.py: error: {shlex.join(words)} was not timed: {done.stderr[-300:]}")
-                steps, seconds = map(float, file.read_text().split())
-            speeds[key].append(steps / seconds)
+            speeds[key] += time_runs(words, 1, task, args.loop_seconds, environment(args.threads))
     return speeds
 
 
@@ -229,11 +235,12 @@ def commit() -> str:
     return git.stdout.strip()
 
 
-def machine(args: Args) -> str:
+def machine(threads: int | None) -> str:
     """What the numbers were measured on, in words."""
     cpu, gpu = hardware()
+    used = f" ({threads} threads used)" if threads else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores ({args.threads} threads used), {gpu}, PyTorch {torch.__version__}, "
+        f"{cpu}, {os.cpu_count()} cores{used}, {gpu}, PyTorch {torch.__version__}, "
         f"commit {commit()}, {datetime.date.today()}"
     )
 
@@ -273,7 +280,7 @@ def write(args: Args, rows) -> str:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["script", "mode", "place", "quantity", "median", "lowest", "highest"])
         writer.writerows((*row[:4], *(f"{x:.4g}" for x in row[4:])) for row in rows)
-    report = f"{machine(args)}; medians over {args.rounds} rounds ({args.loop_rounds} of the loop)\n\n"
+    report = f"{machine(args.threads)}; medians over {args.rounds} rounds ({args.loop_rounds} of the loop)\n\n"
     words = [re.sub(r"(:[^=]+)=.*", r"\1=...", word) for word in sys.argv[1:]]  # a peer's command has the user's paths
     report += f"`python benchmark/speed.py {shlex.join(words)}`\n\n" + table(rows)
     Path(f"{args.out}.md").write_text(report)
