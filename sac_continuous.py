@@ -43,6 +43,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 # A waiting thread gives up its core to other runs sooner. PyTorch's OpenMP reads this when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -136,6 +137,10 @@ class MethodArgs:
     """learn the temperature; otherwise it stays at `alpha`"""
     alpha: float = 1.0
     """the temperature, or its first value when it is learned (CleanRL: log alpha starts at 0)"""
+    critic: Literal["sac", "crossq"] = "sac"
+    """twin Q with target networks, or CrossQ's: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
+    critic_width: int = 256
+    """units in each of the critics' two hidden layers (CrossQ: 2048)"""
 
 
 @dataclass
@@ -143,14 +148,48 @@ class Args(MethodArgs, TrainingArgs, OutputArgs, RunArgs):
     """All flags. The base classes, from last to first, are the groups of --help."""
 
 
-class SoftQNetwork(nn.Module):
-    """Q(s, a) for obs (B, obs_dim) and actions (B, d) in [-1, 1]; returns (B,)."""
+class BatchRenorm(nn.Module):
+    """Batch renormalisation of the last axis, with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    Training, on (B, features), normalises by the batch; after `warmup` batches r and d, within r_max and d_max, undo
+    its difference from the running statistics. Evaluation uses the running statistics.
+    """
+
+    momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
+
+    def __init__(self, features: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim + action_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1)
-        )
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return (x - self.running_mean) * (self.running_var + self.eps).rsqrt() * self.weight + self.bias
+        mean, var = x.mean(0), x.var(0, correction=0)
+        std, running_std = (var + self.eps).sqrt(), (self.running_var + self.eps).sqrt()
+        with torch.no_grad():
+            settled = self.num_batches >= self.warmup
+            r = torch.where(settled, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(settled, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.num_batches += 1
+        return ((x - mean) / std * r + d) * self.weight + self.bias
+
+
+class SoftQNetwork(nn.Module):
+    """Q(s, a) for obs (B, obs_dim) and actions (B, d) in [-1, 1]; returns (B,). `renorm` is CrossQ's form."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int, renorm: bool):
+        super().__init__()
+        layers = []
+        for size in (obs_dim + action_dim, width):
+            layers += [BatchRenorm(size)] if renorm else []
+            layers += [nn.Linear(size, width), nn.ReLU()]
+        layers += [BatchRenorm(width)] if renorm else []
+        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
@@ -195,18 +234,20 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         super().__init__()
-        self.args = args
+        self.args, self.crossq = args, args.critic == "crossq"
         self.actor = Actor(obs_dim, action_dim)
-        self.qf1, self.qf2 = SoftQNetwork(obs_dim, action_dim), SoftQNetwork(obs_dim, action_dim)
-        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
+        self.qf1, self.qf2 = (SoftQNetwork(obs_dim, action_dim, args.critic_width, self.crossq) for _ in range(2))
+        # CrossQ has no target networks: there the critics are their own.
+        self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -float(action_dim)
-        self.to(device)
+        self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         adam = partial(torch.optim.Adam, fused=True, capturable=True)
-        self.q_optimizer = adam(self.q_parameters, lr=args.q_lr)
-        self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
+        betas = (0.5 if self.crossq else 0.9, 0.999)
+        self.q_optimizer = adam(self.q_parameters, lr=args.q_lr, betas=betas)
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr, betas=betas)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.q_lr)
 
     @torch.no_grad()
@@ -238,15 +279,15 @@ class Agent(nn.Module):
         with torch.no_grad():
             mean, log_std = self.actor(next_obs)
             next_actions, next_log_prob = squashed_gaussian(mean, log_std, torch.randn_like(mean))
-            next_q = torch.minimum(self.qf1_target(next_obs, next_actions), self.qf2_target(next_obs, next_actions))
-            target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, self.args.gamma)
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
+        q1, q2, next_q = self.critic_values(obs, actions, next_obs, next_actions)
+        target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, self.args.gamma)
         qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         self.q_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, self.args.tau)
+        if not self.crossq:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, self.args.tau)
         return {
             "losses/qf1_values": q1.mean(),
             "losses/qf2_values": q2.mean(),
@@ -254,6 +295,21 @@ class Agent(nn.Module):
             "losses/qf2_loss": qf2_loss,
             "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
         }
+
+    def critic_values(self, obs, actions, next_obs, next_actions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q_1(s, a), Q_2(s, a) and, without gradient, the smaller of Q'_1(s', a') and Q'_2(s', a'); each (B,).
+
+        CrossQ normalises both pairs by the statistics of the two together (arXiv 1902.05605, figure 1).
+        """
+        if self.crossq:
+            self.qf1.train(), self.qf2.train()
+            both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
+            (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
+            self.qf1.eval(), self.qf2.eval()
+            return q1, q2, torch.minimum(next_q1, next_q2).detach()
+        with torch.no_grad():
+            next_q = torch.minimum(self.qf1_target(next_obs, next_actions), self.qf2_target(next_obs, next_actions))
+        return self.qf1(obs, actions), self.qf2(obs, actions), next_q
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the actor and on the temperature."""

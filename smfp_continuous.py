@@ -429,16 +429,7 @@ class Agent(nn.Module):
             y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
             next_actions = torch.tanh(y[:, 0])
             next_log_prob = policy_log_prob(y, mean, log_std)[:, 0]
-        if self.crossq:
-            self.qf1.train(), self.qf2.train()
-            both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
-            (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
-            next_q = torch.minimum(next_q1, next_q2).detach()
-            self.qf1.eval(), self.qf2.eval()
-        else:
-            q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-            with torch.no_grad():
-                next_q = self.q_value(next_obs, next_actions, target=True)
+        q1, q2, next_q = self.critic_values(obs, actions, next_obs, next_actions)
         target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, args.gamma)
         qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
         self.q_optimizer.zero_grad()
@@ -454,6 +445,21 @@ class Agent(nn.Module):
             "losses/qf2_loss": qf2_loss,
             "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
         }
+
+    def critic_values(self, obs, actions, next_obs, next_actions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q_1(s, a), Q_2(s, a) and, without gradient, the smaller of Q'_1(s', a') and Q'_2(s', a'); each (B,).
+
+        CrossQ normalises both pairs by the statistics of the two together (arXiv 1902.05605, figure 1).
+        """
+        if self.crossq:
+            self.qf1.train(), self.qf2.train()
+            both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
+            (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
+            self.qf1.eval(), self.qf2.eval()
+            return q1, q2, torch.minimum(next_q1, next_q2).detach()
+        with torch.no_grad():
+            next_q = torch.minimum(self.qf1_target(next_obs, next_actions), self.qf2_target(next_obs, next_actions))
+        return self.qf1(obs, actions), self.qf2(obs, actions), next_q
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the policy by the three terms, on its slow copy and on the temperature."""
