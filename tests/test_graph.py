@@ -14,6 +14,7 @@ import sac_continuous
 
 CASES = [
     ("sac_continuous", {}),
+    ("sac_continuous", {"critic": "crossq"}),
     ("mfpo_continuous", {"policy_proposals": 4, "gaussian_proposals": 4}),
     ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2, "likelihood": "exact"}),
     ("smfp_continuous", {}),

@@ -130,6 +130,52 @@ def test_the_slow_copies_of_a_new_agent_are_what_they_follow(module):
     assert not torch.equal(next(agent.qf1.parameters()), next(agent.qf2.parameters()))
 
 
+# CrossQ's critics
+
+
+def renorm(layer, x, statistics):
+    """Batch renormalisation as CrossQ has it; `statistics` collects what the running ones become, None: evaluation."""
+    mean, var = layer.running_mean, layer.running_var
+    if statistics is None:
+        return (x - mean) / (var + 1e-3).sqrt() * layer.weight + layer.bias
+    batch_mean = x.mean(0)
+    batch_var = ((x - batch_mean) ** 2).mean(0)
+    r, d = 1.0, 0.0
+    if layer.num_batches >= 100_000:
+        r = ((batch_var + 1e-3) / (var + 1e-3)).sqrt().clamp(1 / 3, 3).detach()
+        d = ((batch_mean - mean) / (var + 1e-3).sqrt()).clamp(-5, 5).detach()
+    statistics.append((0.99 * mean + 0.01 * batch_mean, 0.99 * var + 0.01 * batch_var, layer.num_batches + 1))
+    return ((x - batch_mean) / (batch_var + 1e-3).sqrt() * r + d) * layer.weight + layer.bias
+
+
+def crossq_values(q, before, after, pairs):
+    """Q_i(s, a) and Q_i(s', a') of both critics by `q`, in one pass; checks what the running statistics became."""
+    (obs, actions), (next_obs, next_actions) = pairs
+    both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
+    qs, next_qs = [], []
+    for name in ("qf1", "qf2"):
+        statistics = []
+        values = q(getattr(before, name), *both, statistics)
+        qs.append(values[: len(obs)]), next_qs.append(values[len(obs) :])
+        layers = renorm_layers(getattr(after, name))
+        for layer, expected in zip(layers, statistics, strict=True):
+            found = layer.running_mean, layer.running_var, layer.num_batches
+            for value, goal in zip(found, expected, strict=True):
+                torch.testing.assert_close(value, goal)
+    return qs, next_qs
+
+
+def renorm_layers(network):
+    return [layer for layer in network.modules() if type(layer).__name__ == "BatchRenorm"]
+
+
+def settle(agent):
+    """Statistics as after 99,999 batches: the next one is not renormalised, the one after it is."""
+    for layer in renorm_layers(agent):
+        layer.running_mean.normal_(0, 0.5), layer.running_var.uniform_(0.02, 3)
+        layer.num_batches.fill_(99_999)
+
+
 # SAC
 
 
@@ -138,9 +184,12 @@ def sac_policy(actor, obs):
     return linear(actor.mean, h), bounded_std(linear(actor.log_std, h))
 
 
-def sac_q(qf, obs, actions):
-    h = torch.relu(linear(qf.net[0], torch.cat([obs, actions], -1)))
-    return linear(qf.net[4], torch.relu(linear(qf.net[2], h)))[:, 0]
+def sac_q(qf, obs, actions, statistics=None):
+    norms = renorm_layers(qf) or [None] * 3
+    norm = lambda i, x: x if norms[i] is None else renorm(norms[i], x, statistics)  # noqa: E731
+    first, second, last = (layer for layer in qf.net if isinstance(layer, torch.nn.Linear))
+    h = torch.relu(linear(first, norm(0, torch.cat([obs, actions], -1))))
+    return linear(last, norm(2, torch.relu(linear(second, norm(1, h)))))[:, 0]
 
 
 def sac_reference(before, after, batch):
@@ -153,9 +202,12 @@ def sac_reference(before, after, batch):
         return torch.tanh(y), Normal(mean, std).log_prob(y).sum(-1) - log_det(y)
 
     a, log_prob = act(next_obs)
-    next_q = torch.minimum(sac_q(before.qf1_target, next_obs, a), sac_q(before.qf2_target, next_obs, a))
-    target = rewards + args.gamma * (1 - terminations) * (next_q - alpha * log_prob)
-    q1, q2 = sac_q(before.qf1, obs, actions), sac_q(before.qf2, obs, actions)
+    if args.critic == "crossq":
+        (q1, q2), next_qs = crossq_values(sac_q, before, after, ((obs, actions), (next_obs, a)))
+    else:
+        q1, q2 = (sac_q(qf, obs, actions) for qf in (before.qf1, before.qf2))
+        next_qs = [sac_q(qf, next_obs, a) for qf in (before.qf1_target, before.qf2_target)]
+    target = rewards + args.gamma * (1 - terminations) * (torch.minimum(*next_qs) - alpha * log_prob)
     loss1, loss2 = (((q - target.detach()) ** 2).mean() for q in (q1, q2))
 
     a, log_prob = act(obs)
@@ -172,17 +224,24 @@ def sac_reference(before, after, batch):
     return gradients, critic_metrics(q1, q2, loss1, loss2) | metrics
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"autotune": False}, {"gamma": 0.8, "tau": 0.3, "alpha": 0.2, "policy_lr": 0.01, "q_lr": 0.02}]
-)
+SAC_FLAGS = [
+    {},
+    {"autotune": False},
+    {"gamma": 0.8, "tau": 0.3, "alpha": 0.2, "policy_lr": 0.01, "q_lr": 0.02},
+    {"critic": "crossq", "critic_width": 32},
+]
+
+
+@pytest.mark.parametrize("flags", SAC_FLAGS)
 def test_sac(flags):
     agent = new_agent(sac, 2, flags)
+    settle(agent)
     rates = {
         "q_optimizer": agent.args.q_lr,
         "actor_optimizer": agent.args.policy_lr,
         "alpha_optimizer": agent.args.q_lr,
     }
-    slow = {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    slow = {} if agent.crossq else {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
     check_updates(agent, 2, sac_reference, rates, slow)
 
 
@@ -223,21 +282,6 @@ def smfp_log_prob(y, mean, std):
     return torch.log(sum(densities) / len(densities)) - log_det(y)
 
 
-def renorm(layer, x, statistics):
-    """Batch renormalisation as CrossQ has it; `statistics` collects what the running ones become, None: evaluation."""
-    mean, var = layer.running_mean, layer.running_var
-    if statistics is None:
-        return (x - mean) / (var + 1e-3).sqrt() * layer.weight + layer.bias
-    batch_mean = x.mean(0)
-    batch_var = ((x - batch_mean) ** 2).mean(0)
-    r, d = 1.0, 0.0
-    if layer.num_batches >= 100_000:
-        r = ((batch_var + 1e-3) / (var + 1e-3)).sqrt().clamp(1 / 3, 3).detach()
-        d = ((batch_mean - mean) / (var + 1e-3).sqrt()).clamp(-5, 5).detach()
-    statistics.append((0.99 * mean + 0.01 * batch_mean, 0.99 * var + 0.01 * batch_var, layer.num_batches + 1))
-    return ((x - batch_mean) / (batch_var + 1e-3).sqrt() * r + d) * layer.weight + layer.bias
-
-
 def smfp_q(qf, obs, actions, statistics=None):
     norm = renorm if isinstance(qf.norm_obs, smfp.BatchRenorm) else lambda layer, x, statistics: x
     obs = obs.expand(*actions.shape[:-1], -1)
@@ -264,17 +308,7 @@ def smfp_reference(before, after, batch):
     y = y[torch.arange(size), best]
     a, log_prob = torch.tanh(y), smfp_log_prob(y[:, None], mean, std)[:, 0]
     if crossq:
-        qs, next_qs = [], []
-        for name in ("qf1", "qf2"):
-            statistics = []
-            both = smfp_q(getattr(before, name), torch.cat([obs, next_obs]), torch.cat([actions, a]), statistics)
-            qs.append(both[:size]), next_qs.append(both[size:])
-            layers = [layer for layer in getattr(after, name).modules() if isinstance(layer, smfp.BatchRenorm)]
-            for layer, expected in zip(layers, statistics, strict=True):
-                for found, value in zip(
-                    (layer.running_mean, layer.running_var, layer.num_batches), expected, strict=True
-                ):
-                    torch.testing.assert_close(found, value)
+        qs, next_qs = crossq_values(smfp_q, before, after, ((obs, actions), (next_obs, a)))
     else:
         qs = [smfp_q(qf, obs, actions) for qf in (before.qf1, before.qf2)]
         next_qs = [smfp_q(qf, next_obs, a) for qf in targets]
@@ -338,14 +372,11 @@ SMFP_FLAGS = [
 @pytest.mark.parametrize("flags", SMFP_FLAGS)
 def test_smfp(flags):
     agent = new_agent(smfp, 2, {"alpha": 0.3} | flags)
-    layers = [layer for layer in agent.modules() if isinstance(layer, smfp.BatchRenorm)]
-    for layer in layers:
-        layer.running_mean.normal_(0, 0.5), layer.running_var.uniform_(0.02, 3)
-        layer.num_batches.fill_(99_999)  # one batch that is not renormalised, one that is
+    settle(agent)
     rates = {"q_optimizer": agent.args.q_lr, "policy_optimizer": agent.args.policy_lr}
     rates["alpha_optimizer"] = agent.args.q_lr
     slow = {"slow_policy": ("policy", agent.args.policy_tau)}
-    if not layers:
+    if not agent.crossq:
         slow |= {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
     check_updates(agent, 2, smfp_reference, rates, slow)
 
