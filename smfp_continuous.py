@@ -11,14 +11,16 @@ entropic mirror descent.
 Paper: https://arxiv.org/abs/2605.21282 (MeanFlow: 2505.13447).
 
     python smfp_continuous.py --env-id Hopper-v4 --seed 1
-    python smfp_continuous.py --env-id HalfCheetah-v4 --critic crossq
+    python smfp_continuous.py --env-id HalfCheetah-v4 --critic sac
     python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
 
-Public are only the paper's abstract and scattered facts: one network evaluation per action; a stochastic
-reparameterisation with a tractable entropy surrogate; one objective for the entropy and a KL to the previous policy;
-mirror descent as a re-weighted MeanFlow regression; the best of K_b actions by Q for exploring and of K_t in the TD
-target; a CrossQ critic. The rest is our construction: the Gaussian head, the M-latent bound, the three terms. K_b, K_t
-and CrossQ are off by default.
+The paper's text is not public to us. Its abstract, scattered facts and its authors' plot data (the repository
+voodooing/Issue-Plot) say: an action takes one evaluation of the network; a standard deviation that depends on the state
+stands on top of the MeanFlow map; one loss joins SAC's, with the log-probability of one Gaussian, and lambda times a
+MeanFlow regression that mirror descent re-weights; the critics are CrossQ's, the smaller of two; the temperature is
+fixed per task; exploration plays the best of K_b actions by Q, and the TD target takes the best of K_t. Ours are the
+bound by M latents (theirs looks like M = 1), the KL to a slow copy of the policy, the regression's proposals and the
+learned temperature; K_b and K_t are 1 by default.
 
     policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
     entropy   log pi_M(a|s) = log (1/M) sum_j N(y; m_j, sigma_j^2) - log |da/dy| over M latents, one of them y's own;
@@ -27,7 +29,8 @@ and CrossQ are off by default.
               pi_{k+1} = pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z
     actor     minimise  E[alpha log pi_M - min_i Q_i] + lambda E_e KL(N(m, sigma^2) || N(m_k, sigma_k^2))
               + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef
-    critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' the slow copies
+    critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' being Q itself in
+              CrossQ, and its slow copy in SAC
     alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
 
 In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma: the policy is
@@ -150,7 +153,7 @@ class MethodArgs:
     autotune: bool = True
     """learn the temperature; otherwise it stays at --alpha"""
     alpha: float = 1.0
-    """the temperature, or its first value when it is learned (as in SAC)"""
+    """the temperature, or its first value when it is learned (authors: fixed at 0.01, 0.05, 0.1 or 0.2, by task)"""
     latents: int = 5
     """M, latents per state: samples, components of the density, and proposals of the regression (measured)"""
     kl_coef: float = 0.1
@@ -167,7 +170,7 @@ class MethodArgs:
     """K_t, the TD target takes the best, by the target critics, of this many of the M actions (paper: K_b / 2)"""
     eval_candidates: int = 10
     """evaluation plays the best of this many actions by the target critics (as in MFPO)"""
-    critic: Literal["sac", "crossq"] = "sac"
+    critic: Literal["sac", "crossq"] = "crossq"
     """twin Q with target networks, or CrossQ's: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
     critic_width: int = 256
     """units in each of the critics' two hidden layers (CrossQ: 2048)"""

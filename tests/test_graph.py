@@ -17,7 +17,7 @@ CASES = [
     ("sac_continuous", {"critic": "crossq"}),
     ("mfpo_continuous", {"policy_proposals": 4, "gaussian_proposals": 4}),
     ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2, "likelihood": "exact"}),
-    ("smfp_continuous", {}),
+    ("smfp_continuous", {"critic": "sac"}),
     ("smfp_continuous", {"critic": "crossq", "target_candidates": 2, "behavior_candidates": 4}),
 ]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -194,7 +194,7 @@ def batch(size=32, obs_dim=3, action_dim=2):
 
 def agent_with_heads(**flags):
     """An agent whose policy depends on its inputs, as a new one's, with its heads at zero, does not."""
-    agent = smfp.Agent(3, 2, smfp.Args(**flags), CPU)
+    agent = smfp.Agent(3, 2, smfp.Args(**{"critic": "sac"} | flags), CPU)
     for head in (agent.policy.velocity, agent.policy.log_std):
         head.reset_parameters()
     agent.slow_policy.load_state_dict(agent.policy.state_dict())
