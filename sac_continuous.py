@@ -370,6 +370,11 @@ def own_copy(env: gym.Env, obs) -> np.ndarray:
     return obs
 
 
+def reset(env: gym.Env, seed: int | None = None) -> np.ndarray:
+    """Begin an episode; returns its first observation (obs_dim,)."""
+    return own_copy(env, env.reset(seed=seed)[0])
+
+
 def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
     """One step: the next observation (obs_dim,), reward, terminated, truncated. The info dict is ignored."""
     if not np.isfinite(action).all():
@@ -390,7 +395,7 @@ def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     for i, env in enumerate(envs):
         env.action_space.seed(seed + i)
-    return np.stack([own_copy(env, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+    return np.stack([reset(env, seed + i) for i, env in enumerate(envs)])
 
 
 class ReplayBuffer:
@@ -401,9 +406,7 @@ class ReplayBuffer:
         sizes = {"obs": [obs_dim], "actions": [action_dim], "rewards": [], "terminations": [], "next_obs": [obs_dim]}
         self.rings = {name: torch.zeros(self.num_rows, num_envs, *n, device=device) for name, n in sizes.items()}
         self.added = 0  # rows so far
-        self.filled = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # rows that are filled, where a CUDA graph reads it
+        self.filled = torch.zeros((), dtype=torch.float64, device=device)  # filled rows, where a CUDA graph reads it
 
     def add(self, **transition: np.ndarray) -> None:
         """Append a row: for each ring an array of `num_envs` rows."""
@@ -445,7 +448,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_step
     Episodes are cut after `max_steps`. Returns None if `stop()` becomes true before the end.
     """
     with seeded(seed, device):
-        obs = np.stack([own_copy(env, env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+        obs = np.stack([reset(env, seed + i) for i, env in enumerate(envs)])
         returns, running = np.zeros(len(envs)), set(range(len(envs)))
         for _ in range(max_steps):
             # All environments, finished ones too: a CUDA graph needs one shape.
@@ -507,7 +510,7 @@ def train(args: Args) -> int:
             returns, lengths = returns + rewards, lengths + 1
             for i in np.flatnonzero(terminations | truncations):
                 run.log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
-                obs[i], returns[i], lengths[i] = own_copy(envs[i], envs[i].reset()[0]), 0, 0
+                obs[i], returns[i], lengths[i] = reset(envs[i]), 0, 0
 
             scalars = to_floats(run.metrics)  # in each step, to stop where a fault arises
             if scalars and run.due(args.log_frequency):

@@ -5,7 +5,7 @@
     python benchmark/density.py benchmark/results/multigoal_variants.csv
 
 For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
-grid, the probability near each goal (in its quadrant), the entropy of the histogram in nats and, for MFPO, the error of
+grid, the probability that each goal is the nearest, the entropy of the histogram in nats and, for MFPO, the error of
 its log pi. Prints means over the runs of each --exp-name, writes <out>.csv and <out>.png; of a CSV it prints the means.
 Needs `pip install -r requirements-dev.txt`.
 """
@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.report import script_of, spread
-from tests.multigoal import GOALS, boltzmann
+from tests.multigoal import TASKS, UNEQUAL, Goals, boltzmann
 
 CELLS = 16
 
@@ -68,28 +68,28 @@ def histogram(agent, samples: int, cells: int) -> np.ndarray:
     return shares(torch.cat(actions), cells)
 
 
-def figures(learned: np.ndarray, optimal: np.ndarray) -> dict[str, float]:
-    """Distances between two (cells, cells) tables of probabilities, and the mass of the first in each quadrant."""
+def figures(learned: np.ndarray, optimal: np.ndarray, goals: Goals) -> dict[str, float]:
+    """Distances between two (cells, cells) tables of probabilities, and the mass of the first nearest to each goal."""
     some = learned > 0
     middles = (np.arange(len(learned)) + 0.5) / len(learned) * 2 - 1
-    quadrants = {
-        f"goal {i + 1}": learned[np.ix_(np.sign(middles) == np.sign(x), np.sign(middles) == np.sign(y))].sum()
-        for i, (x, y) in enumerate(GOALS)
-    }
+    places = np.stack(np.meshgrid(middles, middles, indexing="ij"), -1)  # (cells, cells, 2)
+    nearest = ((places[:, :, None] - goals.places) ** 2).sum(-1).argmin(-1)
     return {
         "total variation": 0.5 * np.abs(learned - optimal).sum(),
         "kl": (learned[some] * np.log(learned[some] / optimal[some])).sum(),
         "entropy": -(learned[some] * np.log(learned[some] / (2 / len(learned)) ** 2)).sum(),
         "optimal entropy": -(optimal * np.log(optimal / (2 / len(optimal)) ** 2)).sum(),
-        **quadrants,
+        **{f"goal {i + 1}": learned[nearest == i].sum() for i in range(len(goals.places))},
     }
 
 
 def print_means(rows: list[dict]) -> None:
     """A Markdown table: mean and sample standard deviation over the runs of each script or variant."""
-    goals = [[row[f"goal {i + 1}"] for i in range(len(GOALS))] for row in rows]
+    goals = [[value for name, value in row.items() if name.startswith("goal ")] for row in rows]
     rows = [row | {"smallest goal": min(g), "largest goal": max(g)} for row, g in zip(rows, goals, strict=True)]
     names = ["total variation", "kl", "entropy", "smallest goal", "largest goal"]
+    if len(goals[0]) == len(UNEQUAL.places):  # their masses are in this order
+        names[3:] = [f"goal {i + 1}" for i in range(len(goals[0]))]
     names += [name for name in ("flow_gap", "adn_log_prob_error", "adn_log_prob_bias") if any(name in r for r in rows)]
     print("| | runs | " + " | ".join(names) + " |\n|-|-|" + "-|" * len(names))
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -109,16 +109,20 @@ def read_rows(path: Path) -> list[dict]:
 def main(args: Args) -> None:
     if [path.suffix for path in args.runs] == [".csv"]:
         return print_means(read_rows(args.runs[0]))
-    rows, pictures = [], []
+    rows, pictures, tasks = [], [], set()
     for run in args.runs:
         agent, trained, updates = load_agent(run)
-        optimal = boltzmann(agent.log_alpha.exp().item(), CELLS)
+        tasks.add(trained.env_id)
+        goals = TASKS[trained.env_id]
+        optimal = boltzmann(agent.log_alpha.exp().item(), goals, CELLS)
         row = {"run": run.name, "variant": trained.exp_name, "seed": trained.seed, "updates": updates}
-        row |= figures(histogram(agent, args.samples, CELLS), optimal)
+        row |= figures(histogram(agent, args.samples, CELLS), optimal, goals)
         torch.manual_seed(0)
         row |= {name.split("/")[1]: value for name, value in agent.diagnostics(torch.zeros(2000, 1)).items()}
         rows.append(row)
         pictures.append((f"{trained.exp_name}\nTV {row['total variation']:.2f}", agent, optimal))
+    if len(tasks) > 1:
+        sys.exit(f"the runs are of several tasks, {', '.join(sorted(tasks))}: name those of one")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open(args.out.with_suffix(".csv"), "w", newline="") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -127,14 +131,14 @@ def main(args: Args) -> None:
         writer.writerows({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
     print_means(rows)
     if args.picture:
-        tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), 64))]
+        tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), goals, 64))]
         tables += [(title, histogram(agent, args.samples, 64)) for title, agent, _ in pictures]
         figure, axes = plt.subplots(
             1, len(tables), figsize=(2.6 * len(tables), 3.1), squeeze=False, layout="constrained"
         )
         for ax, (title, table) in zip(axes[0], tables, strict=True):
             ax.imshow(table.T, origin="lower", extent=(-1, 1, -1, 1), cmap="magma", vmax=tables[0][1].max())
-            ax.plot(*GOALS.T, "c+", markersize=6)
+            ax.plot(*goals.places.T, "c+", markersize=6)
             ax.set_title(title, fontsize=9)
             ax.set_xticks([]), ax.set_yticks([])
         figure.savefig(args.out.with_suffix(".png"), dpi=150)

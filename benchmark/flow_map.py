@@ -23,10 +23,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
 from benchmark.density import figures, shares
-from tests.multigoal import GOALS, WIDTH, boltzmann, reward
+from tests.multigoal import FOUR, WIDTH, boltzmann, reward
 
 CPU = torch.device("cpu")
-CENTRES = torch.tensor(GOALS, dtype=torch.float32)
+CENTRES = torch.tensor(FOUR.places, dtype=torch.float32)
 BASE = {
     "velocity": "snis",
     "k": (8, 16),
@@ -82,7 +82,7 @@ def marginal_velocity(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def total_variation(actions: torch.Tensor) -> float:
     """Of the clipped actions (N, 2) to the optimum."""
-    return figures(shares(actions.clamp(-1, 1)), boltzmann(1.0))["total variation"]
+    return figures(shares(actions.clamp(-1, 1)), boltzmann(1.0, FOUR), FOUR)["total variation"]
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def run(job: tuple[str, int, Args]) -> dict:
         time_distribution=options["times"],
     )
     agent = mfpo.Agent(1, 2, trained, CPU)
-    agent.q_value = lambda qf1, qf2, obs, actions: torch.from_numpy(reward(actions.numpy())).float()
+    agent.q_value = lambda qf1, qf2, obs, actions: torch.from_numpy(reward(actions.numpy(), FOUR)).float()
     slow = copy.deepcopy(agent.actor)
     schedules = [
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)

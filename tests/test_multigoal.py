@@ -12,45 +12,50 @@ import mfpo_continuous
 import sac_continuous
 import smfp_continuous
 from benchmark.density import figures, histogram
-from tests.multigoal import GOALS, WIDTH, boltzmann, reward
+from tests.multigoal import FOUR, TASKS, UNEQUAL, WIDTH, boltzmann, reward
 
 
-def test_reward_is_the_log_of_four_bumps_and_episodes_have_one_step():
-    env = gym.make("tests.multigoal:MultiGoal-v0")
+@pytest.mark.parametrize("env_id", TASKS)
+def test_reward_is_the_log_of_bumps_and_episodes_have_one_step(env_id):
+    env, (places, masses) = gym.make(env_id), TASKS[env_id]
     env.reset(seed=0)
     action = np.array([0.5, 0.7], np.float32)
     _, paid, terminated, truncated, _ = env.step(action)
-    bumps = sum(math.exp(-((action - goal) ** 2).sum() / (2 * WIDTH**2)) for goal in GOALS)
+    squares = [((action - place) ** 2).sum() for place in places]
+    bumps = sum(mass * math.exp(-x / (2 * WIDTH**2)) for mass, x in zip(masses, squares, strict=True))
     assert paid == pytest.approx(math.log(bumps), rel=1e-6) and terminated and not truncated
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_boltzmann_against_quadrature(alpha):
-    density = lambda y, x: math.exp(reward(np.array([x, y])) / alpha)  # noqa: E731
+    density = lambda y, x: math.exp(reward(np.array([x, y]), FOUR) / alpha)  # noqa: E731
     quarter = scipy.integrate.dblquad(density, 0, 1, 0, 1)[0]  # the four quadrants are alike
     cell = scipy.integrate.dblquad(density, 0.5, 0.625, 0.625, 0.75)[0]
-    table = boltzmann(alpha)
+    table = boltzmann(alpha, FOUR)
     assert table.sum() == pytest.approx(1) and table[12, 13] == pytest.approx(cell / (4 * quarter), rel=1e-3)
 
 
 def test_figures_of_the_optimum_and_of_a_uniform_policy():
-    optimal = boltzmann(1.0)
-    perfect = figures(optimal, optimal)
+    optimal = boltzmann(1.0, FOUR)
+    perfect = figures(optimal, optimal, FOUR)
     assert perfect["total variation"] == 0 and perfect["kl"] == pytest.approx(0)
     assert all(perfect[f"goal {i}"] == pytest.approx(0.25) for i in (1, 2, 3, 4))
     # In the box, each bump is a Gaussian of entropy log(2 pi e w^2), and there are four: the grid can only blur that.
     exact = math.log(2 * math.pi * math.e * WIDTH**2) + math.log(4)
     assert exact <= perfect["optimal entropy"] < exact + 0.1
-    uniform = figures(np.full((16, 16), 1 / 256), optimal)
+    uniform = figures(np.full((16, 16), 1 / 256), optimal, FOUR)
     assert uniform["entropy"] == pytest.approx(math.log(4))
     assert uniform["total variation"] == pytest.approx(np.clip(1 / 256 - optimal, 0, None).sum())
+    unequal = boltzmann(1.0, UNEQUAL)
+    shares = figures(unequal, unequal, UNEQUAL)
+    assert [shares[f"goal {i}"] for i in (1, 2, 3)] == pytest.approx(UNEQUAL.masses, abs=0.005)
 
 
 class ExactQ(torch.nn.Module):
-    """The reward itself, which is what critics of this task learn."""
+    """The reward of the four goals, which is what critics of that task learn."""
 
     def forward(self, obs, actions):
-        squared_distance = ((actions[..., None, :] - torch.tensor(GOALS, dtype=torch.float32)) ** 2).sum(-1)
+        squared_distance = ((actions[..., None, :] - torch.tensor(FOUR.places, dtype=torch.float32)) ** 2).sum(-1)
         return (-squared_distance / (2 * WIDTH**2)).logsumexp(-1)
 
 
@@ -59,7 +64,7 @@ def improved(agent, updates):
     agent.qf1 = agent.qf2 = ExactQ()
     for _ in range(updates):
         agent.update_policy(torch.zeros(64, 1), torch.tensor(1.0))
-    found = figures(histogram(agent, 50_000, 16), boltzmann(1.0))
+    found = figures(histogram(agent, 50_000, 16), boltzmann(1.0, FOUR), FOUR)
     print(type(agent).__module__, found)  # pytest -s shows it
     return found
 
