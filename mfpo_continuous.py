@@ -148,12 +148,16 @@ class MethodArgs:
     """share of the batch with r = t, which trains the instantaneous velocity (paper)"""
     clipped_double_q: bool = True
     """use the critic with the smaller mean; otherwise average the two (paper: off on HalfCheetah)"""
+    policy_batch_size: int | None = None
+    """states of the batch that train the policy, the divergence network and the temperature; None: all (paper)"""
+    critic: Literal["c51", "quantile", "mean"] = "c51"
+    """what critics learn of the return: C51's atoms on a fixed support (paper), its quantiles, or its mean alone"""
     num_atoms: int = 101
-    """atoms of the critics' categorical distributions (paper)"""
+    """atoms of C51's distributions (paper), or the number of quantiles"""
     v_min: float = -1600.0
-    """smallest atom (paper)"""
+    """smallest atom of C51's (paper)"""
     v_max: float = 1600.0
-    """largest atom (paper)"""
+    """largest atom of C51's (paper)"""
     critic_init_std: float | None = None
     """standard deviation about 0 of the returns that new critics predict; None: atoms about equally likely (paper)"""
     policy_frequency: int = 1
@@ -174,8 +178,8 @@ class MethodArgs:
 class AblationArgs:
     meanflow: bool = True
     """learn average velocities (paper); otherwise plain flow matching, with r = t in training and in the sampler"""
-    likelihood: Literal["adn", "exact", "none"] = "adn"
-    """log pi by the average divergence network (paper), by the sampler's exact change of variables, or left out"""
+    likelihood: Literal["adn", "map", "exact", "none"] = "adn"
+    """log pi by a network of the flow's divergence (paper) or of the T steps' own determinants; exactly; or left out"""
     proposals: Literal["both", "policy", "gaussian"] = "both"
     """proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0"""
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -307,15 +311,20 @@ def flow_log_prob(divergence, obs: torch.Tensor, trajectory) -> torch.Tensor:
     return log_prob + sum(divergence(obs, x, r, t).squeeze(-1) for x, r, t in trajectory) / len(trajectory)
 
 
+def log_abs_det(function, x: torch.Tensor) -> torch.Tensor:
+    """log |det df/dx| (...) of a map from x (..., d) to (..., d): d forward-mode products and a determinant per row."""
+    basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    columns = [torch.func.jvp(function, (x,), (e.expand_as(x).clone(),))[1] for e in basis]
+    return torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
+
+
 def exact_log_prob(flow_map, noise: torch.Tensor) -> torch.Tensor:
     """log pi(a_0|s) = log N(a_1; 0, I) - log |det d a_0 / d a_1| of `flow_map` from noise (..., d) to actions (..., d).
 
-    This is the change of variables of the T-step map itself. It takes d forward-mode products and a determinant per
-    row; shape (...). Where the map folds, other noises reach the same action, and this is only a lower bound.
+    This is the change of variables of the T-step map itself; shape (...). Where the map folds, other noises reach the
+    same action, and this is only a lower bound.
     """
-    basis = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
-    columns = [torch.func.jvp(flow_map, (noise,), (e.expand_as(noise).clone(),))[1] for e in basis]
-    return standard_normal_log_prob(noise) - torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
+    return standard_normal_log_prob(noise) - log_abs_det(flow_map, noise)
 
 
 def sample_times(batch_size: int, data_proportion: float, distribution: str, device: torch.device):
@@ -401,6 +410,19 @@ def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, 
     return projected.scatter_add_(-1, (below.long() + 1).clamp(max=last), probs * share)
 
 
+def quantile_huber_loss(quantiles: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Quantile regression of `quantiles` (B, N), those at (i + 1/2) / N, on samples `targets` (B, K); returns (B,).
+
+    sum_i mean_j |tau_i - 1{u_ij < 0}| L(u_ij), u_ij = target_j - quantile_i, with Huber's loss L of threshold 1
+    (QR-DQN, arXiv 1710.10044, equation 10).
+    """
+    n = quantiles.shape[-1]
+    tau = (torch.arange(n, dtype=quantiles.dtype, device=quantiles.device) + 0.5) / n
+    errors = targets[:, None, :] - quantiles[:, :, None]  # (B, N, K)
+    weights = (tau[:, None] - (errors < 0).to(tau.dtype)).abs()
+    return (weights * F.huber_loss(errors, torch.zeros_like(errors), reduction="none")).mean(-1).sum(-1)
+
+
 class VelocityEstimate(NamedTuple):
     """What `Agent.estimate_velocity` finds at B states."""
 
@@ -422,7 +444,8 @@ class Agent(nn.Module):
         self.data_proportion = args.data_proportion if args.meanflow else 1.0
         self.actor = MeanFlowNetwork(obs_dim, action_dim, action_dim)
         self.divergence = MeanFlowNetwork(obs_dim, action_dim, 1)
-        self.qf1, self.qf2 = (MLP((obs_dim, action_dim), args.num_atoms) for _ in range(2))
+        outputs = 1 if args.critic == "mean" else args.num_atoms
+        self.qf1, self.qf2 = (MLP((obs_dim, action_dim), outputs) for _ in range(2))
         self.apply(xavier_uniform)
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms))
         if args.critic_init_std is not None:
@@ -434,7 +457,7 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.to(device)
-        if args.likelihood == "exact" and action_dim > 16 and device.type == "cuda":
+        if args.likelihood in ("exact", "map") and action_dim > 16 and device.type == "cuda":
             # Here PyTorch prefers MAGMA for determinants, which waits for the GPU. A CUDA graph cannot record that.
             torch.backends.cuda.preferred_linalg_library("cusolver")
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
@@ -445,9 +468,13 @@ class Agent(nn.Module):
         if args.compile:  # for fixed shapes; fallback_random draws the same numbers as the eager update
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
+    def q_mean(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The mean (...) of the return distribution that a critic's outputs (..., N) are: logits, or quantiles."""
+        return outputs.softmax(-1) @ self.atoms if self.args.critic == "c51" else outputs.mean(-1)
+
     def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a) (...): the smaller of the two critics' means or, without clipped double Q, their average."""
-        q1, q2 = (qf(obs, actions).softmax(-1) @ self.atoms for qf in (qf1, qf2))
+        q1, q2 = (self.q_mean(qf(obs, actions)) for qf in (qf1, qf2))
         return torch.minimum(q1, q2) if self.args.clipped_double_q else (q1 + q2) / 2
 
     def sampler(self, obs: torch.Tensor, noise: torch.Tensor):
@@ -457,7 +484,7 @@ class Agent(nn.Module):
     def sample_with_log_prob(self, obs: torch.Tensor, noise: torch.Tensor):
         """Actions before clipping (..., d) and their log pi (...) by --likelihood; zeros where that is none."""
         actions, trajectory = self.sampler(obs, noise)
-        if self.args.likelihood == "adn":
+        if self.args.likelihood in ("adn", "map"):
             return actions, flow_log_prob(self.divergence, obs, trajectory)
         if self.args.likelihood == "exact":
             return actions, exact_log_prob(lambda noise: self.sampler(obs, noise)[0], noise)
@@ -487,7 +514,7 @@ class Agent(nn.Module):
         alpha = self.log_alpha.detach().exp()
         metrics = self.update_critics(obs, actions, rewards, terminations, next_obs, alpha)
         if with_policy:
-            metrics |= self.update_policy(obs, alpha)
+            metrics |= self.update_policy(obs[: self.args.policy_batch_size], alpha)
         # Detached: a loss that keeps its autograd graph alive ties the parameters to a stream and prevents CUDA graphs.
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -498,35 +525,58 @@ class Agent(nn.Module):
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
             a_next = a_next.clamp(-1, 1)
-            soft_atoms = self.atoms - (alpha * next_log_prob)[:, None]  # (B, N)
-            atoms = rewards[:, None] + args.gamma * (1 - terminations)[:, None] * soft_atoms
-            probs1, probs2 = (
-                project_categorical(qf(next_obs, a_next).softmax(-1), atoms, args.v_min, args.v_max)
+            targets = [
+                self.critic_target(qf(next_obs, a_next), rewards, terminations, alpha * next_log_prob)
                 for qf in (self.qf1_target, self.qf2_target)
-            )
+            ]
             if args.clipped_double_q:
-                target_probs = torch.where((probs1 @ self.atoms < probs2 @ self.atoms)[:, None], probs1, probs2)
-            else:
-                target_probs = (probs1 + probs2) / 2
-        logits1, logits2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = F.cross_entropy(logits1, target_probs), F.cross_entropy(logits2, target_probs)
+                mean1, mean2 = (x @ self.atoms if args.critic == "c51" else x.mean(-1) for x in targets)
+                target = torch.where((mean1 < mean2)[:, None], *targets)
+            else:  # the two distributions' mixture
+                target = sum(targets) / 2 if args.critic == "c51" else torch.cat(targets, -1)
+        outputs = torch.stack([self.qf1(obs, actions), self.qf2(obs, actions)])  # (2, B, N)
+        qf1_loss, qf2_loss = (self.critic_loss(x, target) for x in outputs)
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         self.q_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
-            q_probs = torch.stack([logits1, logits2]).softmax(-1)
-            q_values = q_probs @ self.atoms  # (2, B)
-            q_variance = (q_probs * (self.atoms - q_values[..., None]) ** 2).sum(-1)
-        return {
+            q_values = self.q_mean(outputs)  # (2, B)
+        metrics = {
             "losses/qf1_values": q_values[0].mean(),
             "losses/qf2_values": q_values[1].mean(),
             "losses/qf1_loss": qf1_loss,
             "losses/qf2_loss": qf2_loss,
             "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-            "diagnostics/q_std": q_variance.sqrt().mean(),
-            "diagnostics/edge_mass": (q_probs[..., 0] + q_probs[..., -1]).mean(),
         }
+        if args.critic == "c51":
+            probs = outputs.softmax(-1)
+            variance = (probs * (self.atoms - q_values[..., None]) ** 2).sum(-1)
+            metrics["diagnostics/q_std"] = variance.sqrt().mean()
+            metrics["diagnostics/edge_mass"] = (probs[..., 0] + probs[..., -1]).mean()
+        if args.critic == "quantile":
+            metrics["diagnostics/q_std"] = outputs.std(-1, correction=0).mean()
+        return metrics
+
+    def critic_target(self, outputs, rewards, terminations, entropy_term) -> torch.Tensor:
+        """What critics regress on, from a target critic's outputs (B, N) at s', a' and alpha log pi(a'|s') (B,).
+
+        That is r + gamma (1 - terminated) (z - alpha log pi), z being the return after s'. C51 has its atoms there and
+        returns their projected probabilities (B, N), the other critics return the quantiles or the mean itself.
+        """
+        z = self.atoms if self.args.critic == "c51" else outputs
+        z = rewards[:, None] + self.args.gamma * (1 - terminations)[:, None] * (z - entropy_term[:, None])
+        if self.args.critic == "c51":
+            return project_categorical(outputs.softmax(-1), z, self.args.v_min, self.args.v_max)
+        return z
+
+    def critic_loss(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a critic's outputs (B, N) against `critic_target`'s result, or a mixture of two of them."""
+        if self.args.critic == "c51":
+            return F.cross_entropy(outputs, target)
+        if self.args.critic == "quantile":
+            return quantile_huber_loss(outputs, target).mean()
+        return F.mse_loss(outputs[:, 0], target.mean(-1))
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the policy, towards the Boltzmann policy's velocity; then divergence network and temperature."""
@@ -549,7 +599,7 @@ class Agent(nn.Module):
         entropy = -estimate.log_prob.mean()
         if self.args.likelihood != "none":
             metrics["diagnostics/entropy"] = entropy
-        if self.args.likelihood == "adn":
+        if self.args.likelihood in ("adn", "map"):
             metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0)  # after the policy's step
         if self.args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
@@ -586,16 +636,34 @@ class Agent(nn.Module):
 
     def update_divergence(self, obs: torch.Tensor, a_0: torch.Tensor) -> torch.Tensor:
         """One step on the average divergence network, towards the policy that was just updated; returns the loss."""
+        loss = self.flow_divergence_loss(obs, a_0) if self.args.likelihood == "adn" else self.map_divergence_loss(obs)
+        self.divergence_optimizer.zero_grad()
+        loss.backward()
+        self.divergence_optimizer.step()
+        return loss
+
+    def flow_divergence_loss(self, obs: torch.Tensor, a_0: torch.Tensor) -> torch.Tensor:
+        """delta as the average of div v over [r, t], at the policy's actions a_0 (B, d), noised (paper)."""
         t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
         with torch.no_grad():
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
             probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
             v, div_v = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
-        loss = meanflow_loss(partial(self.divergence, obs), x_t=x_t, r=r, t=t, velocity=v, instantaneous=div_v).mean()
-        self.divergence_optimizer.zero_grad()
-        loss.backward()
-        self.divergence_optimizer.step()
-        return loss
+        delta = partial(self.divergence, obs)
+        return meanflow_loss(delta, x_t=x_t, r=r, t=t, velocity=v, instantaneous=div_v).mean()
+
+    def map_divergence_loss(self, obs: torch.Tensor) -> torch.Tensor:
+        """delta as what makes the likelihood of the sampler's T steps exact: -T log |det(I - (1/T) du/da)| at each.
+
+        That is not in the paper, whose delta follows the flow. The steps of a MeanFlow policy differ from the flow.
+        """
+        steps = self.args.sampling_steps
+        with torch.no_grad():
+            noise = torch.randn(len(obs), self.action_dim, device=obs.device)
+            x, r, t = (torch.stack(values) for values in zip(*self.sampler(obs, noise)[1], strict=True))
+            r, t = r[:, None], t[:, None]  # (T, 1, 1); x is (T, B, d)
+            target = -steps * log_abs_det(lambda x: x - self.actor(obs, x, r, t) / steps, x)
+        return ((self.divergence(obs, x, r, t).squeeze(-1) - target) ** 2).mean()
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
@@ -610,14 +678,14 @@ class Agent(nn.Module):
         gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
         random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
-        probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)
-        if (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:  # new critics have 2 / num_atoms there
+        probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)  # new critics have 2 / num_atoms at the edges
+        if self.args.critic == "c51" and (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:
             warn(f"the critics' support [{self.args.v_min}, {self.args.v_max}] is too narrow; see --v-min and --v-max")
         scalars = {
             "diagnostics/flow_gap": gap.norm(dim=-1).mean().item(),
             "diagnostics/q_action_std": q.std(1).mean().item(),
         }
-        if self.args.likelihood == "adn":
+        if self.args.likelihood in ("adn", "map"):
             exact = exact_log_prob(lambda noise: self.sampler(obs, noise)[0], noise)
             error = flow_log_prob(self.divergence, obs, trajectory) - exact
             scalars["diagnostics/adn_log_prob_error"] = error.abs().mean().item()
@@ -1111,6 +1179,14 @@ def can_compile() -> bool:
 
 CONFLICTS = [  # of flags: a test of args, and what to say where it is true
     (lambda args: args.v_min >= args.v_max, "--v-min must be below --v-max"),
+    (
+        lambda args: args.critic != "c51" and args.critic_init_std is not None,
+        "--critic-init-std is for --critic c51; leave it out",
+    ),
+    (
+        lambda args: (args.policy_batch_size or 0) > args.batch_size,
+        "--policy-batch-size is above --batch-size; lower it",
+    ),
     (
         lambda args: args.likelihood == "none" and args.autotune,
         "--likelihood none leaves no entropy to tune the temperature by; add --no-autotune and choose --alpha",

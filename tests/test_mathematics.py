@@ -53,6 +53,62 @@ def test_sampler_is_the_loop_in_the_paper(steps):
             assert log_prob[row].item() == pytest.approx(expected, abs=1e-5)
 
 
+def quantile_batch():
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (5, 8))
+
+
+def test_quantile_loss_against_a_loop_and_its_gradient_against_differences():
+    quantiles, targets = quantile_batch()
+    expected = np.zeros(6)
+    for b in range(6):
+        for i in range(5):
+            for j in range(8):
+                u, tau = (targets[b, j] - quantiles[b, i]).item(), (i + 0.5) / 5
+                huber = 0.5 * u**2 if abs(u) <= 1 else abs(u) - 0.5
+                expected[b] += abs(tau - (u < 0)) * huber / 8
+    loss = mfpo.quantile_huber_loss(quantiles, targets)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    quantiles.requires_grad_()
+    assert torch.autograd.gradcheck(mfpo.quantile_huber_loss, (quantiles, targets))
+
+
+def test_quantile_loss_is_least_at_the_quantiles():
+    """Of many samples, far apart: there Huber's threshold of 1 does not matter."""
+    samples = 1e5 * np.random.default_rng(0).exponential(size=1001)
+    exact = np.quantile(samples, (np.arange(5) + 0.5) / 5)
+    targets = torch.from_numpy(samples)[None]
+    quantiles = torch.from_numpy(exact)[None].requires_grad_()
+    mfpo.quantile_huber_loss(quantiles, targets).sum().backward()
+    assert quantiles.grad.abs().max() < 2 / 1001  # one sample more or less on a side
+    least = mfpo.quantile_huber_loss(quantiles, targets).item()
+    for i in range(5):
+        for shift in (-3000, 3000):
+            moved = quantiles.detach().clone()
+            moved[0, i] += shift
+            assert mfpo.quantile_huber_loss(moved, targets).item() > least
+
+
+@pytest.mark.parametrize("meanflow", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_determinants_of_the_steps_make_the_likelihood_that_of_the_map(steps, meanflow):
+    """With what `--likelihood map` regresses on in delta's place, log pi is the exact one, by autograd's Jacobian."""
+    actor = small_flow()
+    obs, noise = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+
+    def delta(obs, x, r, t):
+        return -steps * mfpo.log_abs_det(lambda x: x - actor(obs, x, r, t) / steps, x)[:, None]
+
+    with torch.no_grad():
+        _, trajectory = mfpo.sample_flow(actor, obs, noise, steps, meanflow)
+        found = mfpo.flow_log_prob(delta, obs, trajectory)
+    for row in range(4):
+        sampler = lambda e, row=row: mfpo.sample_flow(actor, obs[row], e, steps, meanflow)[0]  # noqa: E731
+        jacobian = torch.autograd.functional.jacobian(sampler, noise[row])
+        expected = scipy.stats.norm.logpdf(noise[row]).sum() - jacobian.det().abs().log().item()
+        assert found[row].item() == pytest.approx(expected, abs=1e-9)
+
+
 def test_log_prob_equals_the_change_of_variables_for_a_flow_whose_average_divergence_is_known():
     """For u = c x, x_0 = x_1 - c x_1 has log-density log N(x_1) - d log(1 - c); -d log(1 - c) is the average of div."""
     c, d = 0.4, 3
@@ -490,7 +546,7 @@ def test_likelihood_flag_changes_log_pi_and_what_follows_from_it():
     assert torch.equal(with_adn["velocity"], without["velocity"])  # log pi is not in that proposal's weights
 
 
-@pytest.mark.parametrize("likelihood", ["adn", "exact", "none"])
+@pytest.mark.parametrize("likelihood", ["adn", "map", "exact", "none"])
 def test_the_critics_target_holds_the_entropy_of_the_likelihood_in_use(likelihood):
     """Transitions that pay 0 and go on, all target critics' mass at 0: the target's mean is -gamma alpha log pi."""
     agent = agent_with(likelihood=likelihood, autotune=False, alpha=100.0, v_min=-1000, v_max=1000, gamma=0.5)
@@ -518,12 +574,13 @@ def test_the_critics_target_holds_the_entropy_of_the_likelihood_in_use(likelihoo
         _, trajectory = mfpo.sample_flow(noise_agent.actor, next_obs, noise, 2)
         log_prob = {
             "adn": mfpo.flow_log_prob(noise_agent.divergence, next_obs, trajectory),
+            "map": mfpo.flow_log_prob(noise_agent.divergence, next_obs, trajectory),
             "exact": mfpo.exact_log_prob(lambda e: noise_agent.sampler(next_obs, e)[0], noise),
             "none": torch.zeros(40),
         }[likelihood]
     torch.testing.assert_close(targets[0] @ agent.atoms, -0.5 * 100 * log_prob, rtol=1e-3, atol=0.05)
     trained = any((p != q).any() for p, q in zip(agent.divergence.parameters(), divergence_before, strict=True))
-    assert trained == ("losses/divergence_loss" in metrics) == (likelihood == "adn")
+    assert trained == ("losses/divergence_loss" in metrics) == (likelihood in ("adn", "map"))
     assert ("diagnostics/entropy" in metrics) == (likelihood != "none")
 
 

@@ -6,6 +6,7 @@ formula. In a name, `before` and `after` are agents before and after the update.
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -451,13 +452,13 @@ def mfpo_sample(agent, obs, x):
     return x.detach(), log_prob.detach()
 
 
-def mfpo_times(args):
+def mfpo_times(args, size):
     if args.time_distribution == "logit_normal":
-        times = torch.sigmoid(-0.4 + torch.randn(2, BATCH_SIZE, 1))
+        times = torch.sigmoid(-0.4 + torch.randn(2, size, 1))
     else:
-        times = torch.rand(2, BATCH_SIZE, 1).clamp(0.001, 0.999)
+        times = torch.rand(2, size, 1).clamp(0.001, 0.999)
     t, r = times.max(0).values, times.min(0).values
-    n = int(BATCH_SIZE * args.data_proportion) if args.meanflow else BATCH_SIZE
+    n = int(size * args.data_proportion) if args.meanflow else size
     r[:n] = t[:n]
     return t, r
 
@@ -468,6 +469,25 @@ def mfpo_regression(net, obs, x, r, t, velocity, instantaneous):
     return ((mfpo_flow(net, obs, x, r, t) - goal) ** 2).sum(-1).mean()
 
 
+def mfpo_step(actor, obs, x, r, t, steps, shift):
+    """One step of the sampler from x + shift."""
+    return (x + shift - mfpo_flow(actor, obs, x + shift, r, t) / steps).detach()
+
+
+def map_loss(before, after, obs, x):
+    """Squared error of delta, one step of the sampler after the other, with the Jacobian's columns by differences."""
+    steps, loss = before.args.sampling_steps, 0
+    for i in range(steps):
+        t = 1 - i / steps
+        r = t - 1 / steps if before.args.meanflow else t
+        move = functools.partial(mfpo_step, after.actor, obs, x, r, t, steps)
+        columns = [slope(lambda h, e=e, move=move: move(h * e)) for e in torch.eye(x.shape[1])]
+        goal = -steps * torch.linalg.det(torch.stack(columns, -1)).abs().log()
+        loss += ((mfpo_flow(before.divergence, obs, x, r, t)[:, 0] - goal) ** 2).mean() / steps
+        x = move(0)
+    return loss
+
+
 def importance_estimate(log_weights, actions, x, t):
     """Velocity (B, d) and effective sample size (B, 1) from lists of log-weights (B,) and actions (B, d)."""
     weights = [torch.exp(w)[:, None] for w in log_weights]
@@ -476,41 +496,81 @@ def importance_estimate(log_weights, actions, x, t):
     return velocity, 1 / sum((w / total) ** 2 for w in weights)
 
 
-def critic_probs(qf, obs, actions):
-    return torch.softmax(mlp(qf, torch.cat([obs, actions], -1)), -1)
+def critic_outputs(qf, obs, actions):
+    return mlp(qf, torch.cat([obs, actions], -1))
+
+
+def critic_mean(args, outputs):
+    if args.critic == "c51":
+        return torch.softmax(outputs, -1) @ torch.linspace(args.v_min, args.v_max, args.num_atoms)
+    return outputs.sum(-1) / outputs.shape[-1]
+
+
+def c51_losses(before, outputs, next_outputs, backup):
+    """Cross-entropies of both critics with the target, each mass of it shared out by a hat function; and metrics."""
+    args = before.args
+    z = torch.linspace(args.v_min, args.v_max, args.num_atoms)
+    hats = (1 - (backup(z).clamp(args.v_min, args.v_max)[:, :, None] - z).abs() / (z[1] - z[0])).clamp(min=0)
+    p1, p2 = ((torch.softmax(x, -1)[:, :, None] * hats).sum(1).detach() for x in next_outputs)  # hats: (B, from, to)
+    target = (p1 + p2) / 2
+    if args.clipped_double_q:
+        target = torch.stack([p if p @ z < q @ z else q for p, q in zip(p1, p2, strict=True)])
+    probs = [torch.softmax(x, -1) for x in outputs]
+    stds = [((p @ z**2) - (p @ z) ** 2).sqrt().mean() for p in probs]
+    edge_mass = sum(p[:, [0, -1]].sum(-1).mean() for p in probs) / 2
+    metrics = {"diagnostics/q_std": sum(stds) / 2, "diagnostics/edge_mass": edge_mass}
+    return [-(target * torch.log(p)).sum(-1).mean() for p in probs], metrics
+
+
+def quantile_losses(before, outputs, next_outputs, backup):
+    """QR-DQN's loss of both critics, pair by pair, or the squared error of their one output; and metrics."""
+    goals = [backup(x).detach() for x in next_outputs]
+    losses, n = [], outputs[0].shape[1]
+    for x in outputs:
+        total = 0
+        for b in range(BATCH_SIZE):
+            smaller = min((g[b] for g in goals), key=lambda z: z.mean())
+            z = smaller if before.args.clipped_double_q else torch.cat([g[b] for g in goals])
+            if before.args.critic == "mean":
+                total += (x[b, 0] - z.mean()) ** 2
+                continue
+            for i in range(n):
+                u = z - x[b, i]
+                huber = torch.where(u.abs() < 1, u**2 / 2, u.abs() - 0.5)
+                tau = (i + 0.5) / n
+                total += (torch.where(u < 0, 1 - tau, tau) * huber).sum() / len(z)
+        losses.append(total / BATCH_SIZE)
+    if before.args.critic == "mean":
+        return losses, {}
+    return losses, {"diagnostics/q_std": sum(x.std(-1, correction=0).mean() for x in outputs) / 2}
 
 
 def mfpo_reference(before, after, batch):
     obs, actions, rewards, terminations, next_obs = batch
     args, alpha, d = before.args, before.log_alpha.detach().exp(), actions.shape[-1]
-    z = torch.linspace(args.v_min, args.v_max, args.num_atoms)
 
     def q_value(obs, actions):
-        q1, q2 = (critic_probs(qf, obs, actions) @ z for qf in (after.qf1, after.qf2))
+        q1, q2 = (critic_mean(args, critic_outputs(qf, obs, actions)) for qf in (after.qf1, after.qf2))
         return torch.minimum(q1, q2).detach() if args.clipped_double_q else (q1 + q2).detach() / 2
 
     a, log_prob = mfpo_sample(before, next_obs, torch.randn(BATCH_SIZE, d))
-    soft = z - alpha * log_prob[:, None]
-    places = (rewards[:, None] + args.gamma * (1 - terminations[:, None]) * soft).clamp(args.v_min, args.v_max)
-    hats = (1 - (places[:, :, None] - z).abs() / (z[1] - z[0])).clamp(min=0)  # (B, from, to)
-    p1, p2 = (
-        (critic_probs(qf, next_obs, a.clamp(-1, 1))[:, :, None] * hats).sum(1).detach()
-        for qf in (before.qf1_target, before.qf2_target)
+    outputs = [critic_outputs(qf, obs, actions) for qf in (before.qf1, before.qf2)]
+    next_outputs = [critic_outputs(qf, next_obs, a.clamp(-1, 1)) for qf in (before.qf1_target, before.qf2_target)]
+    find_losses = c51_losses if args.critic == "c51" else quantile_losses
+    losses, metrics = find_losses(
+        before,
+        outputs,
+        next_outputs,
+        lambda z: rewards[:, None] + args.gamma * (1 - terminations[:, None]) * (z - alpha * log_prob[:, None]),
     )
-    target = (p1 + p2) / 2
-    if args.clipped_double_q:
-        target = torch.stack([p if p @ z < q @ z else q for p, q in zip(p1, p2, strict=True)])
-    probs = [critic_probs(qf, obs, actions) for qf in (before.qf1, before.qf2)]
-    losses = [-(target * torch.log(p)).sum(-1).mean() for p in probs]
     gradients = {"q_optimizer": gradient(losses[0] + losses[1], before.q_parameters)}
-    metrics = critic_metrics(*(p @ z for p in probs), *losses)
-    stds = [((p @ z**2) - (p @ z) ** 2).sqrt().mean() for p in probs]
-    edge_mass = sum(p[:, [0, -1]].sum(-1).mean() for p in probs) / 2
-    metrics |= {"diagnostics/q_std": sum(stds) / 2, "diagnostics/edge_mass": edge_mass}
+    metrics |= critic_metrics(*(critic_mean(args, x) for x in outputs), *losses)
 
-    t, r = mfpo_times(args)
-    noise, eps = torch.randn(BATCH_SIZE, args.policy_proposals, d), torch.randn(BATCH_SIZE, d)
-    uniform = torch.rand(BATCH_SIZE, args.gaussian_proposals, d)
+    obs = obs[: args.policy_batch_size]
+    size = len(obs)
+    t, r = mfpo_times(args, size)
+    noise, eps = torch.randn(size, args.policy_proposals, d), torch.randn(size, d)
+    uniform = torch.rand(size, args.gaussian_proposals, d)
     samples = [mfpo_sample(before, obs, noise[:, k]) for k in range(args.policy_proposals)]
     from_policy, log_probs = [a.clamp(-1, 1) for a, _ in samples], [log_prob for _, log_prob in samples]
     x = (1 - t) * from_policy[0] + t * eps
@@ -529,7 +589,7 @@ def mfpo_reference(before, after, batch):
     log_weights = [q_value(obs, a) / alpha for a in from_gaussian]
     v_gaussian, ess_gaussian = importance_estimate(log_weights, from_gaussian, x, t)
     both = ess_policy / (ess_policy + ess_gaussian)
-    share = {"both": both, "policy": torch.ones(BATCH_SIZE, 1), "gaussian": torch.zeros(BATCH_SIZE, 1)}[args.proposals]
+    share = {"both": both, "policy": torch.ones(size, 1), "gaussian": torch.zeros(size, 1)}[args.proposals]
     velocity = share * v_policy + (1 - share) * v_gaussian
     actor_loss = mfpo_regression(before.actor, obs, x, r, t, velocity, velocity)
     gradients["actor_optimizer"] = gradient(actor_loss, before.actor.parameters())
@@ -544,13 +604,16 @@ def mfpo_reference(before, after, batch):
         "diagnostics/entropy": entropy,
     }
 
-    t, r = mfpo_times(args)
-    x = (1 - t) * from_policy[0] + t * torch.randn(BATCH_SIZE, d)
-    velocity = mfpo_flow(after.actor, obs, x, t, t).detach()
-    probes = torch.randn(args.divergence_probes, BATCH_SIZE, d)
-    products = [(e * slope(lambda h, e=e: mfpo_flow(after.actor, obs, x + h * e, t, t))).sum(-1) for e in probes]
-    divergence = (sum(products) / len(products))[:, None]
-    divergence_loss = mfpo_regression(before.divergence, obs, x, r, t, velocity, divergence)
+    if args.likelihood == "map":
+        divergence_loss = map_loss(before, after, obs, torch.randn(size, d))
+    else:
+        t, r = mfpo_times(args, size)
+        x = (1 - t) * from_policy[0] + t * torch.randn(size, d)
+        velocity = mfpo_flow(after.actor, obs, x, t, t).detach()
+        probes = torch.randn(args.divergence_probes, size, d)
+        products = [(e * slope(lambda h, e=e: mfpo_flow(after.actor, obs, x + h * e, t, t))).sum(-1) for e in probes]
+        divergence = (sum(products) / len(products))[:, None]
+        divergence_loss = mfpo_regression(before.divergence, obs, x, r, t, velocity, divergence)
     gradients["divergence_optimizer"] = gradient(divergence_loss, before.divergence.parameters())
     metrics["losses/divergence_loss"] = divergence_loss
     metrics["losses/alpha_loss"] = alpha * (entropy + args.rho * d)
@@ -564,6 +627,10 @@ MFPO_FLAGS = [
     {"sampling_steps": 1, "divergence_probes": 3, "learning_rate": 0.01, "tau": 0.3},
     {"sampling_steps": 3, "meanflow": False, "proposals": "policy"},
     {"proposals": "gaussian", "rho": 1.5, "gamma": 0.8, "num_atoms": 5},
+    {"critic": "quantile", "num_atoms": 5, "policy_batch_size": 7},
+    {"critic": "quantile", "num_atoms": 4, "clipped_double_q": False, "likelihood": "map"},
+    {"critic": "mean", "sampling_steps": 1, "likelihood": "map", "policy_batch_size": 5},
+    {"critic": "mean", "clipped_double_q": False, "sampling_steps": 3, "meanflow": False, "likelihood": "map"},
 ]
 
 
@@ -587,6 +654,6 @@ def test_mfpo_acts_by_the_best_of_its_candidates(candidates):
         actions = act(obs)
         torch.manual_seed(1)
         a = [mfpo_sample(agent, obs, x)[0].clamp(-1, 1) for x in torch.randn(5, k, 2).unbind(1)]
-        z = torch.linspace(agent.args.v_min, agent.args.v_max, agent.args.num_atoms)
-        q = [torch.minimum(*(critic_probs(qf, obs, b) @ z for qf in (agent.qf1_target, agent.qf2_target))) for b in a]
+        targets = agent.qf1_target, agent.qf2_target
+        q = [torch.minimum(*(critic_mean(agent.args, critic_outputs(qf, obs, b)) for qf in targets)) for b in a]
         torch.testing.assert_close(actions, torch.stack(a, 1)[torch.arange(5), torch.stack(q).argmax(0)])
