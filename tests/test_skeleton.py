@@ -78,7 +78,7 @@ def test_smoke_save_and_evaluate(script, tmp_path):
 def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path, monkeypatch):
     flags = ["--env-id", "Pendulum-v1", *SHORT, "--total-timesteps", 200, "--eval-episodes", 2]
     if script == "mfpo_continuous":
-        flags += ["--policy-proposals", 2, "--gaussian-proposals", 2, "--batch-size", 8]
+        flags += ["--policy-proposals", 2, "--gaussian-proposals", 2, "--batch-size", 8, "--learning-starts", 180]
     series = []
     for name, frequency in (("here", 0), ("here_too", 100), ("elsewhere", 100)):
         line = [*map(str, flags), "--eval-frequency", str(frequency)]
