@@ -165,10 +165,13 @@ class BatchRenorm(nn.Module):
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        running_std = (self.running_var + self.eps).sqrt()
         if not self.training:
-            return (x - self.running_mean) * (self.running_var + self.eps).rsqrt() * self.weight + self.bias
-        mean, var = x.mean(0), x.var(0, correction=0)
-        std, running_std = (var + self.eps).sqrt(), (self.running_var + self.eps).sqrt()
+            return torch.addcmul(self.bias, x - self.running_mean, self.weight / running_std)
+        mean = x.mean(0)
+        centred = x - mean
+        var = centred.square().mean(0)  # x.var() takes five times as long on a CPU
+        std = (var + self.eps).sqrt()
         with torch.no_grad():
             settled = self.num_batches >= self.warmup
             r = torch.where(settled, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
@@ -176,7 +179,7 @@ class BatchRenorm(nn.Module):
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
             self.num_batches += 1
-        return ((x - mean) / std * r + d) * self.weight + self.bias
+        return torch.addcmul(self.bias + d * self.weight, centred, self.weight * r / std)
 
 
 class SoftQNetwork(nn.Module):
