@@ -1,7 +1,7 @@
 """The protocol between benchmark/speed.py and the processes that it times (no packages needed, so peers can use it).
 
 A process prints one line of JSON when it is ready; then, for each line on its input, it runs one round and prints the
-seconds that one update, one action and one best-of-N action took in it. Between rounds it sleeps, so that the
+seconds that one update, one action and one evaluation action took in it. Between rounds it sleeps, so that the
 processes of a comparison take turns on a machine and drift cancels.
 """
 
@@ -21,16 +21,25 @@ def seconds_per_call(function, wait, duration: float) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def answer_rounds(update, action, best_action, wait, facts=dict, duration: float = 2.0) -> None:
-    """Warm up, then answer one round for each line on the input; `facts()` returns what else to report in each."""
-    for function in (update, action, best_action):
+def answer_rounds(
+    *, action, update=None, best_action=None, wait=lambda: None, facts=dict, duration: float = 2.0
+) -> None:
+    """Warm up, then answer one round for each line on the input.
+
+    `action` plays one training action, from a NumPy observation to a NumPy action; `update` is one step of training as
+    a whole; `best_action` plays an evaluation action, where that is another one. What is None is not timed. `facts()`
+    returns what else to report in each round, such as the network evaluations of an action, `steps`.
+    """
+    timed = {
+        "action": (action, duration / 10),
+        "update": (update, duration),
+        "best_action": (best_action, duration / 10),
+    }
+    timed = {name: what for name, what in timed.items() if what[0] is not None}
+    for function, _ in timed.values():
         seconds_per_call(function, wait, duration / 2)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
-        seconds = {
-            "update": seconds_per_call(update, wait, duration),
-            "action": seconds_per_call(action, wait, duration / 10),
-            "best_action": seconds_per_call(best_action, wait, duration / 10),
-        }
+        seconds = {name: seconds_per_call(function, wait, length) for name, (function, length) in timed.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(seconds | {"peak_memory": peak} | facts()), flush=True)

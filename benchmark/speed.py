@@ -1,7 +1,7 @@
 """How fast the scripts are: updates, actions and whole training loops, by task shape and mode, in one run.
 
     python benchmark/speed.py --out benchmark/results/speed_cpu
-    python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX_PYTHON benchmark/peer_mfpo.py CHECKOUT" \\
+    python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX_PYTHON benchmark/peers/mfpo.py CHECKOUT" \\
         --loop-peer "sac_continuous:CleanRL=PYTHON CHECKOUT/cleanrl/sac_continuous_action.py"
 
 Everything is measured in rounds that alternate between the processes compared (benchmark/rounds.py), so that a
@@ -17,7 +17,8 @@ An update is one environment step's, so of `--policy-frequency` 2 it is the mean
 floating-point operations in matrix products, counted by PyTorch, over the rate of one
 (rows, 256) x (256, 256) product measured in the same rounds, rows being those of the update's largest one.
 
-A peer is any command that follows benchmark/rounds.py, given the observation and action sizes as its last arguments;
+A peer is any command that follows benchmark/rounds.py, given the observation and action sizes as its last arguments
+(benchmark/peers/ has some);
 a loop peer is a CleanRL-like script, given --env-id, --seed, --learning-starts and --total-timesteps (CleanRL's needs
 PYTHONPATH=CHECKOUT and gymnasium 0.29). Each is compared with the script named before the colon.
 Writes <out>.csv, <out>.md and <out>.png.
@@ -74,17 +75,19 @@ class Args:
     """also time actions of a compiled policy, and the script's own --compile where it has one"""
     loop_seconds: float = 15.0
     """how long a loop is timed for in a round"""
+    variant: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """SCRIPT:NAME=FLAGS of one of ours with other flags; may be given more than once"""
     peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """SCRIPT:NAME=COMMAND of a process that follows benchmark/rounds.py; may be given more than once"""
     loop_peer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """SCRIPT:NAME=COMMAND of a training script with CleanRL's flags; may be given more than once"""
 
 
-def largest_product(script: str) -> int:
-    """Rows of the largest matrix product of an update: the batch times the samples per state."""
-    args = importlib.import_module(script).Args()
-    if script == "mfpo_continuous":
-        return args.batch_size * (args.policy_proposals + args.gaussian_proposals)
+def largest_product(args) -> int:
+    """Rows of the largest matrix product of an update: the states times the samples per state."""
+    if hasattr(args, "policy_proposals"):
+        states = args.policy_batch_size or args.batch_size
+        return states * (args.policy_proposals + args.gaussian_proposals)
     return args.batch_size * getattr(args, "latents", 1)
 
 
@@ -93,14 +96,14 @@ def can_compile(script: str) -> bool:
     return hasattr(importlib.import_module(script).Args, "compile")
 
 
-def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
+def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]) -> None:
     """The process that is timed: one agent at random data, answering rounds."""
     module = importlib.import_module(script)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if hasattr(module, "keep_freed_memory"):
         module.keep_freed_memory()
-    args = module.Args(threads=torch.get_num_threads())
+    args = module.parse_args([*flags, "--threads", str(torch.get_num_threads())])
     if mode == "compiled" and can_compile(script):
         args.compile = True
     module.set_up_torch(args)
@@ -129,19 +132,21 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int) -> None:
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         for i in range(args.policy_frequency):
             learn(with_policy=i == 0)
-    left, right = torch.randn(largest_product(script), 256, device=device), torch.randn(256, 256, device=device)
+    left, right = torch.randn(largest_product(args), 256, device=device), torch.randn(256, 256, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def facts():
         rate = 2 * left.numel() * 256 / seconds_per_call(lambda: left @ right, wait, 0.2)
         gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         operations = counter.get_total_flops() / args.policy_frequency
-        return {"operations": operations, "floor": operations / rate, "gpu_memory": gpu}
+        steps = getattr(args, "sampling_steps", 1)
+        return {"operations": operations, "floor": operations / rate, "gpu_memory": gpu, "steps": steps}
 
     plays = [agent.sample_actions, agent.eval_actions]
     if mode == "compiled":
         plays = [torch.compile(play, options=COMPILED) for play in plays]
-    answer_rounds(update, *(partial(act, module.CudaGraph(play, graphed)) for play in plays), wait=wait, facts=facts)
+    action, best_action = (partial(act, module.CudaGraph(play, graphed)) for play in plays)
+    answer_rounds(update=update, action=action, best_action=best_action, wait=wait, facts=facts)
 
 
 def environment(threads: int | None) -> dict[str, str]:
@@ -164,12 +169,18 @@ def time_rounds(args: Args, shape: str) -> dict[tuple[str, str], list[dict]]:
     sizes = [str(n) for n in SHAPES[shape]]
     modes = ["eager"] + ["graph"] * torch.cuda.is_available() + ["compiled"] * args.compile
     own = [sys.executable, str(Path(__file__))]
-    commands = {(script, mode): [*own, "--work", script, mode] for script in args.scripts for mode in modes}
-    commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.peer)}
+    variants = [(script, "", []) for script in args.scripts] + [parse_peer(v, args.scripts) for v in args.variant]
+    commands = {
+        (script, f"{mode} {name}".strip()): [*own, "--work", script, mode, *sizes, *flags]
+        for script, name, flags in variants
+        for mode in modes
+    }
+    peers = [parse_peer(peer, args.scripts) for peer in args.peer]
+    commands |= {(script, name): [*words, *sizes] for script, name, words in peers}
     answers, processes = {key: [] for key in commands}, {}
     for key, words in commands.items():  # one after the other: warming up is work too
         processes[key] = subprocess.Popen(
-            [*words, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(args.threads)
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(args.threads)
         )
         if not json.loads(processes[key].stdout.readline() or "{}").get("ready"):
             sys.exit(f"speed.py: error: {shlex.join(words)} did not get ready")
@@ -246,7 +257,7 @@ def machine(threads: int | None) -> str:
 
 
 def main(args: Args) -> None:
-    for peer in (*args.peer, *args.loop_peer):
+    for peer in (*args.peer, *args.loop_peer, *args.variant):
         parse_peer(peer, args.scripts)
     commit()  # before the results, which may be tracked, are written
     rows = []  # (script, mode, place, quantity, median, lowest, highest)
@@ -256,9 +267,12 @@ def main(args: Args) -> None:
 
     for shape in args.shapes:
         for key, answers in time_rounds(args, shape).items():
+            if "steps" in answers[0]:
+                add(key, shape, "steps", [a["steps"] for a in answers])
             add(key, shape, "ms per action", [1e3 * a["action"] for a in answers])
-            add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
-            if key[1] == "compiled" and not can_compile(key[0]):
+            if "best_action" in answers[0]:
+                add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
+            if "update" not in answers[0] or (key[1].startswith("compiled") and not can_compile(key[0])):
                 continue
             add(key, shape, "updates/s", [1 / a["update"] for a in answers])
             add(key, shape, "peak memory, MiB", [a["peak_memory"] / 2**20 for a in answers])
@@ -298,13 +312,13 @@ def table(rows) -> str:
         lines.append(f"| {script} | {mode} | {place} | " + " | ".join(cells) + " |")
     ratios = []
     for (script, mode, place, quantity), value in medians.items():
-        if mode not in MODES and quantity in ("updates/s", "training steps/s"):
+        if mode.split()[0] not in MODES and quantity in ("updates/s", "training steps/s"):
             for ours in MODES:
                 if (script, ours, place, quantity) in medians:
                     ratio = medians[script, ours, place, quantity] / value
                     ratios.append(f"- {script} ({ours}), {place}: {ratio:.2f} x the {quantity} of {mode}")
         alike = "eager" if mode == "compiled" and quantity == "training steps/s" else mode  # SAC has no --compile
-        sac = medians.get(("sac_continuous", alike, place, quantity))
+        sac = medians.get(("sac_continuous", alike.split()[0], place, quantity))
         if quantity.startswith("ms") and sac and script != "sac_continuous":
             ratios.append(f"- {script} ({mode}), {place}: {value / sac:.2f} x the {quantity} of sac_continuous")
         if quantity == "training steps/s" and sac and script != "sac_continuous":
@@ -326,7 +340,7 @@ def draw(rows, path: str) -> None:
         bars = [row for row in drawn if row[2:4] == panel]
         names = [f"{row[0].removesuffix('_continuous').upper()} {row[1]}".replace(" ", "\n") for row in bars]
         spread = [[row[4] - row[5] for row in bars], [row[6] - row[4] for row in bars]]
-        colors = ["#0072B2" if row[1] in MODES else "#999999" for row in bars]
+        colors = ["#0072B2" if row[1].split()[0] in MODES else "#999999" for row in bars]
         axis.bar(names, [row[4] for row in bars], yerr=spread, color=colors)
         axis.set(title=f"{panel[0]}, {panel[1]}", yscale="log", ylim=(1, 3 * max(row[6] for row in bars)))
         axis.tick_params(labelsize=7)
@@ -339,7 +353,7 @@ def draw(rows, path: str) -> None:
 
 if __name__ == "__main__":
     if "--work" in sys.argv:
-        script, mode, *sizes = sys.argv[sys.argv.index("--work") + 1 :]
-        work(script, mode, *map(int, sizes))
+        script, mode, obs_dim, action_dim, *flags = sys.argv[sys.argv.index("--work") + 1 :]
+        work(script, mode, int(obs_dim), int(action_dim), flags)
     else:
         main(tyro.cli(Args))

@@ -22,7 +22,8 @@ import sys, time
 sys.path.insert(0, {root!r})
 from benchmark.rounds import answer_rounds
 assert sys.argv[1:] == ["11", "3"]
-answer_rounds(*(lambda s=s: time.sleep(s) for s in (0.05, 0.02, 0.03)), wait=lambda: None, duration=0.3)
+update, action, best_action = (lambda s=s: time.sleep(s) for s in (0.05, 0.02, 0.03))
+answer_rounds(update=update, action=action, best_action=best_action, duration=0.3, facts=lambda: {{"steps": 7}})
 """
 
 
@@ -41,6 +42,7 @@ def test_rounds_of_a_peer_that_sleeps(tmp_path):
     for answer in answers["sac_continuous", "other"]:
         for name, seconds in (("update", 0.05), ("action", 0.02), ("best_action", 0.03)):
             assert seconds <= answer[name] < 3 * seconds
+        assert answer["steps"] == 7
 
 
 def test_our_worker_counts_the_operations_of_an_update():

@@ -1,16 +1,17 @@
-"""Adapter for benchmark/speed.py: times the authors' JAX code of MFPO from your own checkout of it.
+"""Times the authors' own MFPO (JAX) from your checkout of github.com/dongxiaoyi-xyz/MFPO, commit d8b3977.
 
-    python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX_PYTHON benchmark/peer_mfpo.py CHECKOUT"
+    python -m venv JAX && JAX/bin/pip install jax==0.4.30 flax==0.8.5 optax==0.2.2 gym==0.23.1 ml_collections "numpy<2"
+    python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX/bin/python benchmark/peers/mfpo.py CHECKOUT"
 
-JAX_PYTHON has jax, flax, optax, gym and ml_collections; CHECKOUT is a clone of github.com/dongxiaoyi-xyz/MFPO.
 Its own defaults are used, with the batch of 256 and one update of everything per step, as its training loop has them.
 """
 
 # ruff: noqa: E402 (the checkout must be on the path before it is imported from)
 import sys
+from pathlib import Path
 
 checkout, obs_dim, action_dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-sys.path.insert(0, checkout)
+sys.path[:0] = [checkout, str(Path(__file__).parent.parent)]
 
 import jax
 import numpy as np
@@ -46,8 +47,9 @@ def act(method):
 
 
 answer_rounds(
-    update,
-    lambda: act(MeanFlowLearner.sample_actions),
-    lambda: act(MeanFlowLearner.eval_actions),
+    update=update,
+    action=lambda: act(MeanFlowLearner.sample_actions),
+    best_action=lambda: act(MeanFlowLearner.eval_actions),
     wait=lambda: jax.block_until_ready(agent.actor.params),
+    facts=lambda: {"steps": 2},
 )
