@@ -295,7 +295,8 @@ def write(args: Args, rows) -> str:
         writer.writerow(["script", "mode", "place", "quantity", "median", "lowest", "highest"])
         writer.writerows((*row[:4], *(f"{x:.4g}" for x in row[4:])) for row in rows)
     report = f"{machine(args.threads)}; medians over {args.rounds} rounds ({args.loop_rounds} of the loop)\n\n"
-    words = [re.sub(r"(:[^=]+)=.*", r"\1=...", word) for word in sys.argv[1:]]  # a peer's command has the user's paths
+    # A peer's command has the user's paths.
+    words = [re.sub(r"(:[^=]+)=.*", r"\1=...", word) if "/" in word else word for word in sys.argv[1:]]
     report += f"`python benchmark/speed.py {shlex.join(words)}`\n\n" + table(rows)
     Path(f"{args.out}.md").write_text(report)
     draw(rows, f"{args.out}.png")

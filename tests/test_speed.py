@@ -14,7 +14,7 @@ import torch
 import tyro
 
 import mfpo_continuous as mfpo
-from benchmark import changed, rounds, speed
+from benchmark import changed, paper_table, rounds, speed
 
 ROOT = Path(__file__).parent.parent
 SLEEPER = """
@@ -107,6 +107,30 @@ def test_a_table_has_the_ratios():
 def test_a_peer_that_cannot_be_read_is_named(text):
     with pytest.raises(SystemExit, match="SCRIPT:NAME=COMMAND"):
         speed.parse_peer(text, ("mfpo_continuous",))
+
+
+def test_the_papers_table_has_ratios_to_sac_and_the_papers_figures(tmp_path):
+    rows = [
+        ("sac_continuous", "eager", "Hopper", "ms per action", 0.1),
+        ("sac_continuous", "eager", "Hopper", "updates/s", 120.0),
+        ("sac_continuous", "eager", "Hopper", "steps", 1),
+        ("mfpo_continuous", "compiled T4", "Hopper", "ms per action", 0.4),
+        ("mfpo_continuous", "compiled T4", "Hopper", "updates/s", 8.0),
+        ("mfpo_continuous", "compiled T4", "Hopper", "steps", 4),
+        ("sac_continuous", "MFPO (authors)", "Hopper", "ms per action", 1.5),
+        ("sac_continuous", "MFPO (authors)", "Hopper", "steps", 2),
+        ("sac_continuous", "eager", "Hopper-v4", "training steps/s", 100.0),
+    ]
+    with open(tmp_path / "table.csv", "w") as file:
+        print("script,mode,place,quantity,median,lowest,highest", file=file)
+        for row in rows:
+            print(*row, row[-1], row[-1], sep=",", file=file)
+    ((size, found),) = paper_table.read(tmp_path / "table.csv").items()
+    assert size == "Hopper" and paper_table.table(found).splitlines()[2:] == [
+        "| SAC, ours, eager | 1 | 0.100 | 1.0 | 120 | 1.0 |  |  |",
+        "| MFPO T4, ours, compiled | 4 | 0.400 | 4.0 | 8 | 15.0 |  |  |",
+        "| MFPO (authors) | 2 | 1.500 | 15.0 |  |  | 0.46 | 3.1 |",
+    ]
 
 
 def test_every_peer_is_kept():
