@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 WIDTH = 0.15
 
@@ -37,6 +38,18 @@ def boltzmann(alpha: float, goals: Goals, cells: int = 16, points: int = 32) -> 
     log_density = reward(np.stack(np.meshgrid(middles, middles, indexing="ij"), -1), goals) / alpha
     density = np.exp(log_density - log_density.max()).reshape(cells, points, cells, points).sum((1, 3))
     return density / density.sum()
+
+
+class ExactQ(torch.nn.Module):
+    """The reward as a critic, which is what critics of these tasks should learn: (..., 2) actions to (...)."""
+
+    def __init__(self, goals: Goals):
+        super().__init__()
+        self.places, self.masses = (torch.tensor(x, dtype=torch.float32) for x in goals)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        squared_distance = ((actions[..., None, :] - self.places) ** 2).sum(-1)
+        return (self.masses.log() - squared_distance / (2 * WIDTH**2)).logsumexp(-1)
 
 
 class MultiGoal(gym.Env):

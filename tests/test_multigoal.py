@@ -1,5 +1,6 @@
 """The multi-goal task, and what the policies make of it."""
 
+import csv
 import math
 
 import gymnasium as gym
@@ -11,8 +12,9 @@ import torch
 import mfpo_continuous
 import sac_continuous
 import smfp_continuous
+from benchmark import modes
 from benchmark.density import figures, histogram
-from tests.multigoal import FOUR, TASKS, UNEQUAL, WIDTH, boltzmann, reward
+from tests.multigoal import FOUR, TASKS, UNEQUAL, WIDTH, ExactQ, boltzmann, reward
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -51,17 +53,16 @@ def test_figures_of_the_optimum_and_of_a_uniform_policy():
     assert [shares[f"goal {i}"] for i in (1, 2, 3)] == pytest.approx(UNEQUAL.masses, abs=0.005)
 
 
-class ExactQ(torch.nn.Module):
-    """The reward of the four goals, which is what critics of that task learn."""
-
-    def forward(self, obs, actions):
-        squared_distance = ((actions[..., None, :] - torch.tensor(FOUR.places, dtype=torch.float32)) ** 2).sum(-1)
-        return (-squared_distance / (2 * WIDTH**2)).logsumexp(-1)
+@pytest.mark.parametrize("goals", TASKS.values())
+def test_the_exact_critic_is_the_reward(goals):
+    actions = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    found = ExactQ(goals)(torch.zeros(50, 1), torch.tensor(actions, dtype=torch.float32))
+    np.testing.assert_allclose(found, reward(actions, goals), rtol=1e-4, atol=1e-4)
 
 
 def improved(agent, updates):
     """What is learned by the policy's updates alone, at a temperature of 1."""
-    agent.qf1 = agent.qf2 = ExactQ()
+    agent.qf1 = agent.qf2 = ExactQ(FOUR)
     for _ in range(updates):
         agent.update_policy(torch.zeros(64, 1), torch.tensor(1.0))
     found = figures(histogram(agent, 50_000, 16), boltzmann(1.0, FOUR), FOUR)
@@ -96,3 +97,16 @@ def test_mfpo_goes_to_the_one_goal_that_there_is():
     # The optimum, a Gaussian of deviation 0.2 in each direction, is 0.2 sqrt(pi / 2) = 0.25 away in the mean.
     assert distances[0] > 0.8 and 0.05 < distances[1] < 0.4
     print(distances)
+
+
+def test_modes_trains_the_policy_alone_and_writes_what_it_finds(tmp_path, capsys):
+    modes.main(modes.Args(out=tmp_path / "modes", updates=2, variants=("SAC", "lambda = 1")))
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+    with open(tmp_path / "modes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["MultiGoal-v0"] * 2 + ["UnequalGoals-v0"] * 2
+    for row in rows:
+        shares = [float(value) for name, value in row.items() if name.startswith("goal ") and value]
+        assert sum(shares) == pytest.approx(1, abs=1e-3) and 0 < float(row["total variation"]) < 1
+    with pytest.raises(SystemExit, match="there is no lambda = 7"):
+        modes.main(modes.Args(variants=("lambda = 7",)))

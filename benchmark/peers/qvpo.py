@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 # main.py is imported for its options' defaults only; its simulator and its log, which it imports, are not used
-sys.modules |= {"gym": gymnasium, "tensorboardX": SimpleNamespace(SummaryWriter=None)}
+sys.modules.update(gym=gymnasium, tensorboardX=SimpleNamespace(SummaryWriter=None))
 from agent.qvpo import QVPO
 from agent.replay_memory import ReplayMemory
 from main import readParser
