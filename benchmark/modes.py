@@ -24,19 +24,17 @@ import smfp_continuous
 from benchmark.density import figures, histogram
 from tests.multigoal import TASKS, ExactQ, boltzmann
 
-SMFP = {
-    "defaults": "",
-    "M = 1": "--latents 1",
-    "M = 16": "--latents 16",
+SMFP = {  # M = 5, lambda = 1 and c = 1 unless named
+    "lambda = 1": "--kl-coef 1",
     "lambda = 0": "--kl-coef 0",
     "lambda = 0.1": "--kl-coef 0.1",
-    "lambda = 1": "--kl-coef 1",
     "lambda = 3": "--kl-coef 3",
-    "c = 0": "--meanflow-coef 0",
-    "c = 10": "--meanflow-coef 10",
-    "lambda = 0.1, M = 16": "--kl-coef 0.1 --latents 16",
-    "lambda = 1, M = 16": "--kl-coef 1 --latents 16",
-    "no mirror-descent weights": "--no-mirror-descent-weights",
+    "M = 1": "--kl-coef 1 --latents 1",
+    "M = 16": "--kl-coef 1 --latents 16",
+    "M = 16, lambda = 0.1": "--kl-coef 0.1 --latents 16",
+    "c = 0": "--kl-coef 1 --meanflow-coef 0",
+    "c = 10": "--kl-coef 1 --meanflow-coef 10",
+    "no mirror-descent weights": "--kl-coef 1 --no-mirror-descent-weights",
 }
 
 

@@ -1,9 +1,11 @@
 """The speed benchmark measures what it says: against processes that sleep, and a run that it times from inside."""
 
+import ast
 import importlib
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -131,6 +133,17 @@ def test_the_papers_table_has_ratios_to_sac_and_the_papers_figures(tmp_path):
         "| MFPO T4, ours, compiled | 4 | 0.400 | 4.0 | 8 | 15.0 |  |  |",
         "| MFPO (authors) | 2 | 1.500 | 15.0 |  |  | 0.46 | 3.1 |",
     ]
+
+
+def test_every_peers_adapter_is_in_the_papers_table_and_says_how_to_make_its_environment():
+    script = (ROOT / "benchmark/paper_table.sh").read_text()
+    adapters = sorted((ROOT / "benchmark/peers").glob("*.py"))
+    assert len(adapters) == 9
+    for adapter in adapters:
+        text = ast.get_docstring(ast.parse(adapter.read_text()))
+        assert f"[{adapter.stem}]=" in script
+        assert re.search(r"github\.com/\S+", text) and re.search(r"commit\s[0-9a-f]{7}", text)
+        assert "pip install" in text and f"benchmark/peers/{adapter.name} CHECKOUT" in text
 
 
 def test_every_peer_is_kept():
