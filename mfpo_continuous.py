@@ -182,6 +182,8 @@ class AblationArgs:
     """log pi by a network of the flow's divergence (paper) or of the T steps' own determinants; exactly; or left out"""
     proposals: Literal["both", "policy", "gaussian"] = "both"
     """proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0"""
+    combination: Literal["ess", "pooled"] = "ess"
+    """weigh the proposals' two estimates by effective sample size (paper), or make one of all proposals together"""
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     """distribution of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often"""
 
@@ -377,12 +379,24 @@ def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tenso
 
 
 def policy_log_weights(q, log_prob, x_t, actions, t, alpha) -> torch.Tensor:
-    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / pi(a_k|s), up to a constant, for a_k ~ pi; shape (B, K).
+    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / pi(a_k|s) for a_k ~ pi; shape (B, K).
 
     q and log_prob (B, K), x_t (B, d), actions (B, K, d), t (B, 1).
     """
-    squared_distance = ((x_t[:, None] - (1 - t[:, None]) * actions) ** 2).sum(-1)
-    return q / alpha - squared_distance / (2 * t**2) - log_prob
+    z = (x_t[:, None] - (1 - t[:, None]) * actions) / t[:, None]
+    return q / alpha + standard_normal_log_prob(z) - x_t.shape[-1] * t.log() - log_prob
+
+
+def gaussian_log_weights(q, x_t, t, alpha) -> torch.Tensor:
+    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / p(a_k) for a_k from the truncated Gaussian; shape (B, K).
+
+    Its density p is the kernel N over its integral in the box, so only that integral is left. It is the same for all k.
+    q (B, K), x_t (B, d), t (B, 1). In float64, since a box far from the mean has little mass.
+    """
+    mean, std = (x_t / (1 - t)).double().abs(), (t / (1 - t)).double()
+    upper, lower = (torch.erfc((mean + bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
+    mass = (0.5 * (upper - lower)).clamp(min=1e-300)  # (B, d), of N(mean, std^2) in [-1, 1]
+    return q / alpha + (mass / (1 - t)).log().sum(-1, keepdim=True).float()
 
 
 def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.Tensor, t: torch.Tensor):
@@ -620,15 +634,18 @@ class Agent(nn.Module):
         a_0 = from_policy[:, 0]  # x_t is the first policy proposal, noised
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
-        # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box. It cancels: the weights are exp(Q / alpha).
+        # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box. It cancels from the weights.
         from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
 
         q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
         q_policy, q_gaussian = q.split([args.policy_proposals, args.gaussian_proposals], 1)
-        log_weights = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
-        v_policy, ess_policy = snis_velocity(log_weights, x_t, from_policy, t)
-        v_gaussian, ess_gaussian = snis_velocity(q_gaussian / alpha, x_t, from_gaussian, t)
+        w_policy = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
+        w_gaussian = gaussian_log_weights(q_gaussian, x_t, t, alpha)
+        v_policy, ess_policy = snis_velocity(w_policy, x_t, from_policy, t)
+        v_gaussian, ess_gaussian = snis_velocity(w_gaussian, x_t, from_gaussian, t)
         policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, 1)
+        if args.combination == "pooled":  # each estimate's share of the sum of all weights
+            policy_weight = (w_policy.logsumexp(1, True) - w_gaussian.logsumexp(1, True)).sigmoid()
         if args.proposals != "both":
             policy_weight = torch.full_like(policy_weight, float(args.proposals == "policy"))
         velocity = policy_weight * v_policy + (1 - policy_weight) * v_gaussian

@@ -109,6 +109,47 @@ def test_the_determinants_of_the_steps_make_the_likelihood_that_of_the_map(steps
         assert found[row].item() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize(("x_t", "t"), [(0.3, 0.5), (-0.7, 0.9), (0.9, 0.05), (-3.0, 0.6), (4.0, 0.2), (0.1, 0.999)])
+def test_the_gaussians_weight_has_the_kernels_integral_over_the_box(x_t, t):
+    q, alpha = torch.tensor([[1.5, -2.0]]), 0.5
+    kernel = lambda a: scipy.stats.norm.pdf(x_t, (1 - t) * a, t)  # noqa: E731
+    near = np.clip(x_t / (1 - t), -1, 1)
+    integral = scipy.integrate.quad(kernel, -1, 1, points=[near] if abs(near) < 1 else None, epsabs=0)[0]
+    x = torch.tensor([[x_t, 0.2]])  # the second dimension alike, by SciPy's distribution function
+    other = scipy.stats.norm(0.2 / (1 - t), t / (1 - t))
+    expected = q / alpha + math.log(integral) + math.log((other.cdf(1) - other.cdf(-1)) / (1 - t))
+    found = mfpo.gaussian_log_weights(q, x, torch.tensor([[t]]), alpha)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_all_proposals_pooled_come_nearer_to_quadrature_where_the_policy_misses_a_mode():
+    """Two modes; the policy's samples are all at the first one, and by its effective sample size it would count."""
+    t, x_t = 0.6, 0.1
+    log_q = lambda a: np.logaddexp(-50 * (a - 0.5) ** 2, 0.5 - 50 * (a + 0.5) ** 2)  # noqa: E731
+    grid = np.linspace(-1, 1, 20_001)
+    density = np.exp(log_q(grid)) * scipy.stats.norm.pdf(x_t, (1 - t) * grid, t)
+    exact = ((x_t - grid) / t * density).sum() / density.sum()
+    rng, size = np.random.default_rng(0), 200_000
+    policy = scipy.stats.truncnorm(-15, 5, 0.5, 0.1)  # on [-1, 1]
+    kernel = scipy.stats.truncnorm((-1 - x_t / (1 - t)) / 1.5, (1 - x_t / (1 - t)) / 1.5, x_t / (1 - t), 1.5)
+    samples = [torch.from_numpy(p.rvs(size, random_state=rng)).float()[None] for p in (policy, kernel)]
+    x, time = torch.tensor([[x_t]]), torch.tensor([[t]])
+    values = [torch.from_numpy(log_q(a.numpy())) for a in samples]
+    log_prob = torch.from_numpy(policy.logpdf(samples[0].numpy()))
+    weights = [
+        mfpo.policy_log_weights(values[0], log_prob, x, samples[0][..., None], time, 1.0),
+        mfpo.gaussian_log_weights(values[1], x, time, 1.0),
+    ]
+    estimates = [mfpo.snis_velocity(w, x, a[..., None], time) for w, a in zip(weights, samples, strict=True)]
+    share = (weights[0].logsumexp(1, True) - weights[1].logsumexp(1, True)).sigmoid()
+    pooled = share * estimates[0][0] + (1 - share) * estimates[1][0]
+    by_ess = sum(v * ess for v, ess in estimates) / sum(ess for _, ess in estimates)
+    # One estimate from the two sets of samples; the mode that half of them miss still has too little.
+    union, _ = mfpo.snis_velocity(torch.cat(weights, 1), x, torch.cat(samples, 1)[..., None], time)
+    torch.testing.assert_close(pooled, union, rtol=1e-6, atol=1e-6)
+    assert abs(pooled.item() - exact) < 0.5 * abs(by_ess.item() - exact)
+
+
 def test_log_prob_equals_the_change_of_variables_for_a_flow_whose_average_divergence_is_known():
     """For u = c x, x_0 = x_1 - c x_1 has log-density log N(x_1) - d log(1 - c); -d log(1 - c) is the average of div."""
     c, d = 0.4, 3

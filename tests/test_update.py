@@ -579,6 +579,7 @@ def mfpo_reference(before, after, batch):
         for a, log_prob in zip(from_policy, log_probs, strict=True)
     ]
     v_policy, ess_policy = importance_estimate(log_weights, from_policy, x, t)
+    policy_total = sum(torch.exp(w) for w in log_weights)[:, None]
     mean, std = x / (1 - t), t / (1 - t)
     from_gaussian = []
     for k in range(args.gaussian_proposals):
@@ -589,6 +590,11 @@ def mfpo_reference(before, after, batch):
     log_weights = [q_value(obs, a) / alpha for a in from_gaussian]
     v_gaussian, ess_gaussian = importance_estimate(log_weights, from_gaussian, x, t)
     both = ess_policy / (ess_policy + ess_gaussian)
+    if args.combination == "pooled":  # the Gaussian's density is the kernel over its integral in the box
+        to = Normal(mean, std)
+        integral = ((to.cdf(torch.ones(d)) - to.cdf(-torch.ones(d))) / (1 - t)).prod(-1)
+        gaussian_total = sum(torch.exp(w) * integral for w in log_weights)[:, None]
+        both = policy_total / (policy_total + gaussian_total)
     share = {"both": both, "policy": torch.ones(size, 1), "gaussian": torch.zeros(size, 1)}[args.proposals]
     velocity = share * v_policy + (1 - share) * v_gaussian
     actor_loss = mfpo_regression(before.actor, obs, x, r, t, velocity, velocity)
@@ -627,7 +633,7 @@ MFPO_FLAGS = [
     {"sampling_steps": 1, "divergence_probes": 3, "learning_rate": 0.01, "tau": 0.3},
     {"sampling_steps": 3, "meanflow": False, "proposals": "policy"},
     {"proposals": "gaussian", "rho": 1.5, "gamma": 0.8, "num_atoms": 5},
-    {"critic": "quantile", "num_atoms": 5, "policy_batch_size": 7},
+    {"critic": "quantile", "num_atoms": 5, "policy_batch_size": 7, "combination": "pooled"},
     {"critic": "quantile", "num_atoms": 4, "clipped_double_q": False, "likelihood": "map"},
     {"critic": "mean", "sampling_steps": 1, "likelihood": "map", "policy_batch_size": 5},
     {"critic": "mean", "clipped_double_q": False, "sampling_steps": 3, "meanflow": False, "likelihood": "map"},
