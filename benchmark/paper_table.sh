@@ -3,7 +3,7 @@
 #     bash benchmark/paper_table.sh PEERS
 # PEERS has a folder for each peer that is to be timed, named as its adapter in benchmark/peers/, with a clone of its
 # repository, PEERS/<name>/checkout, and an environment, PEERS/<name>/venv; the adapters' docstrings say how to make them.
-# Stop everything else first. It takes about 20 minutes.
+# Stop everything else first. It takes half an hour: an update of some peers takes seconds.
 set -euo pipefail
 peers=$(realpath "$1")
 cd "$(dirname "$0")/.."
@@ -19,6 +19,6 @@ done
 for steps in 1 4 8 16; do
     flags+=(--variant "mfpo_continuous:T$steps=--sampling-steps $steps")
 done
-python benchmark/speed.py --compile --shapes Hopper Humanoid --tasks --threads 1 "${flags[@]}" \
+python benchmark/speed.py --compile --rounds 3 --shapes Hopper Humanoid --tasks --threads 1 "${flags[@]}" \
     --out benchmark/results/paper_table
 python benchmark/paper_table.py benchmark/results/paper_table.csv | tee -a benchmark/results/paper_table.md

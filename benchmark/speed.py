@@ -10,8 +10,8 @@ a process each, on random data: an action is one observation from NumPy to NumPy
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
 With --compile actions are timed compiled, too, as somebody would deploy a policy (see COMPILED; it needs a C++ compiler
-and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's; for the two others'
-see benchmark/gains.sh).
+and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's, but not a variant's; for
+the two others' see benchmark/gains.sh).
 
 An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
 floating-point operations in matrix products, counted by PyTorch, over the rate of one
@@ -104,8 +104,7 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]
     if hasattr(module, "keep_freed_memory"):
         module.keep_freed_memory()
     args = module.parse_args([*flags, "--threads", str(torch.get_num_threads())])
-    if mode == "compiled" and can_compile(script):
-        args.compile = True
+    args.compile = compiled = mode == "compiled" and can_compile(script) and not flags
     module.set_up_torch(args)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
@@ -146,7 +145,8 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]
     if mode == "compiled":
         plays = [torch.compile(play, options=COMPILED) for play in plays]
     action, best_action = (partial(act, module.CudaGraph(play, graphed)) for play in plays)
-    answer_rounds(update=update, action=action, best_action=best_action, wait=wait, facts=facts)
+    timed = update if compiled or mode != "compiled" else None
+    answer_rounds(update=timed, action=action, best_action=best_action, wait=wait, facts=facts)
 
 
 def environment(threads: int | None) -> dict[str, str]:
@@ -272,7 +272,7 @@ def main(args: Args) -> None:
             add(key, shape, "ms per action", [1e3 * a["action"] for a in answers])
             if "best_action" in answers[0]:
                 add(key, shape, "ms per evaluation action", [1e3 * a["best_action"] for a in answers])
-            if "update" not in answers[0] or (key[1].startswith("compiled") and not can_compile(key[0])):
+            if "update" not in answers[0]:
                 continue
             add(key, shape, "updates/s", [1 / a["update"] for a in answers])
             add(key, shape, "peak memory, MiB", [a["peak_memory"] / 2**20 for a in answers])
