@@ -12,9 +12,12 @@ import time
 
 
 def seconds_per_call(function, wait, duration: float) -> float:
-    """Mean seconds of a call of `function`, over calls that fill `duration` seconds; `wait` ends what is under way."""
+    """Mean seconds of a call of `function`, over calls that fill `duration` seconds; `wait` ends what is under way.
+
+    The number of calls is a multiple of 3, for peers that update their policy every third time.
+    """
     calls, begin = 0, time.perf_counter()
-    while calls < 3 or time.perf_counter() - begin < duration:
+    while calls == 0 or calls % 3 or time.perf_counter() - begin < duration:
         function()
         calls += 1
     wait()
@@ -30,9 +33,10 @@ def answer_rounds(
     a whole; `best_action` plays an evaluation action, where that is another one. What is None is not timed. `facts()`
     returns what else to report in each round, such as the network evaluations of an action, `steps`.
     """
+    # The update first: after it a JAX peer may compile its action once more, and that belongs to the warming up.
     timed = {
-        "action": (action, duration / 10),
         "update": (update, duration),
+        "action": (action, duration / 10),
         "best_action": (best_action, duration / 10),
     }
     timed = {name: what for name, what in timed.items() if what[0] is not None}

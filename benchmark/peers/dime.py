@@ -6,10 +6,10 @@ commit 6df4472.
         scipy==1.11.4 torch==2.13.0 "numpy<2"
     python benchmark/speed.py --peer "sac_continuous:DIME=DIME/bin/python benchmark/peers/dime.py CHECKOUT"
 
-These are the authors' versions but for torch (theirs: 2.4.1, here only for the replay buffer) and
-tensorflow-probability (theirs: 0.21.0, which no torch of today goes with). Its own configuration is used, with its
-batch of 256 and, for each environment step, its two updates of the critics and, after every third of them, one of the
-actor. Only the buffer is smaller.
+These are the authors' versions but for torch (theirs: 2.4.1; it only holds the replay buffer) and for
+tensorflow-probability (theirs: 0.21.0, which cannot be installed together with them in one command). Its own
+configuration is used, with its batch of 256 and, for each environment step, two updates of the critics and, after every
+third of these, one of the actor. Only the buffer is smaller.
 """
 
 # ruff: noqa: E402 (the checkout must be on the path before it is imported from)
@@ -22,6 +22,7 @@ sys.path[:0] = [checkout, str(Path(__file__).parent.parent)]
 import gymnasium as gym
 import hydra
 import jax
+import jax.numpy as jnp
 import numpy as np
 from diffusion.dime import DIME
 from rounds import answer_rounds
@@ -40,6 +41,17 @@ with hydra.initialize_config_dir(str(Path(checkout, "configs").resolve()), versi
 config = hydra.utils.instantiate(config)
 agent = DIME("MlpPolicy", Sizes(), model_save_path=None, save_every_n_steps=1, cfg=config)
 agent.set_logger(Logger(None, []))
+
+
+def strong(state):
+    """A state whose numbers keep their types from the first update on, so that JAX compiles each update only once."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), state)
+
+
+policy = agent.policy
+policy.qf_state = strong(agent.soft_update(agent.tau, policy.qf_state))
+policy.actor_state, policy.target_actor_state = strong(policy.actor_state), strong(policy.target_actor_state)
+agent.ent_coef_state = strong(agent.ent_coef_state)
 rng = np.random.default_rng(0)
 for _ in range(10_000):
     obs, next_obs = rng.normal(size=(2, 1, obs_dim))
@@ -48,7 +60,7 @@ agent._last_obs = rng.normal(size=(1, obs_dim)).astype(np.float32)  # where the 
 
 answer_rounds(
     update=lambda: agent.train(agent.batch_size, agent.gradient_steps),
-    action=lambda: agent._sample_action(learning_starts=0)[0][0],  # evaluation's is the same one, unscaled less
-    wait=lambda: jax.block_until_ready((agent.policy.actor_state.params, agent.policy.qf_state.params)),
-    facts=lambda: {"steps": agent.policy.actor_model.num_steps},
+    action=lambda: agent._sample_action(learning_starts=0)[0][0],  # evaluation's is the same, as noisy
+    wait=lambda: jax.block_until_ready((policy.actor_state.params, policy.qf_state.params)),
+    facts=lambda: {"steps": policy.actor_model.num_steps},
 )
