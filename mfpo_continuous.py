@@ -15,18 +15,16 @@ Paper: https://arxiv.org/abs/2604.14698 (MeanFlow: 2505.13447).
 
 Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps with velocity v = (x_t - a_0) / t.
     policy      a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 ~ N(0, I); u is the average velocity on [r, t]
-    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps;
-                a_0 is clipped to [-1, 1] to act, but log pi stays that of the action before clipping
+    likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps
     identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with div v instead of v
     target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from the
-                policy and from a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
+                policy and a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
     diagnostics/ess_*      near 1, the temperature is too low for the proposals
     diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
-    diagnostics/edge_mass  if it stays above 0.03, the critics' support is too narrow (new critics have 0.02)
-    diagnostics/q_std      the spread of the predicted returns: 900 at first, which hides small rewards for tens of
-                           thousands of updates; --critic-init-std 32, or a narrower --v-min and --v-max, start sooner
+    diagnostics/q_std      spread of the predicted returns: 900 at first, which hides small rewards for long (see
+                           --critic quantile, --critic-init-std, and a narrower --v-min and --v-max)
 """
 
 import copy
