@@ -17,14 +17,13 @@ Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps w
     policy      a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 ~ N(0, I); u is the average velocity on [r, t]
     likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps
     identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with div v instead of v
-    target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from the
-                policy and a Gaussian, the two estimates weighted by their effective sample sizes (ESS)
+    target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from two
+                proposals, the policy and a Gaussian, weighted by their effective sample sizes (ESS)
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
     diagnostics/ess_*      near 1, the temperature is too low for the proposals
     diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
-    diagnostics/q_std      spread of the predicted returns: 900 at first, which hides small rewards for long (see
-                           --critic quantile, --critic-init-std, and a narrower --v-min and --v-max)
+    diagnostics/q_std      900 at first, which hides small rewards for long; see --critic and --critic-init-std
 """
 
 import copy
@@ -42,7 +41,6 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache, partial
@@ -960,7 +958,7 @@ class Run:
     def stop_requested(self) -> bool:
         return self.exit_code > 0
 
-    def steps(self) -> Iterable[int]:
+    def steps(self) -> tqdm:
         """The global steps that are left, under a progress bar."""
         total, stride = self.args.total_timesteps, self.args.num_envs
         # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster

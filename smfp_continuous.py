@@ -54,7 +54,6 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
@@ -789,7 +788,7 @@ class Run:
     def stop_requested(self) -> bool:
         return self.exit_code > 0
 
-    def steps(self) -> Iterable[int]:
+    def steps(self) -> tqdm:
         """The global steps that are left, under a progress bar."""
         total, stride = self.args.total_timesteps, self.args.num_envs
         # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster
