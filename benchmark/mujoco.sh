@@ -9,7 +9,8 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mujoco --seeds "${seeds[@]}")
 flags=(-- --total-timesteps "${STEPS:-1000000}")
 
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4 Swimmer-v4 HumanoidStandup-v4 \
-    --scripts "sac: sac_continuous" "smfp: smfp_continuous" "smfp-crossq: smfp_continuous --critic crossq" "${flags[@]}"
+    --scripts "sac: sac_continuous" "sac-crossq: sac_continuous --critic crossq --policy-frequency 2" \
+    "smfp: smfp_continuous" "${flags[@]}"
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 --scripts \
     "mfpo: mfpo_continuous" "mfpo-init32: mfpo_continuous --critic-init-std 32" "${flags[@]}"
 cheetah="mfpo_continuous --no-clipped-double-q" # as in the paper

@@ -8,9 +8,9 @@ mfpo="mfpo_continuous --learning-rate 1e-3 --policy-proposals 8 --gaussian-propo
 
 python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 --seeds 1 2 3 --runs-dir runs/multigoal --scripts \
     "sac: sac_continuous" \
-    "smfp: smfp_continuous" \
-    "smfp-M1: smfp_continuous --latents 1" \
-    "smfp-M16: smfp_continuous --latents 16" \
+    "smfp: smfp_continuous --critic sac" \
+    "smfp-M1: smfp_continuous --critic sac --latents 1" \
+    "smfp-M16: smfp_continuous --critic sac --latents 16" \
     "mfpo: $mfpo" \
     "mfpo-exact: $mfpo --likelihood exact" \
     "mfpo-gaussian: $mfpo --proposals gaussian" \
