@@ -1,7 +1,10 @@
 """Before PyTorch is imported."""
 
 import os
+import signal
 
+# A run ignores a closed terminal where it was ignored before, as under nohup; here it is tested that it does not.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Small networks gain nothing from more threads, and a busy machine loses much to their waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it

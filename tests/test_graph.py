@@ -161,8 +161,7 @@ def test_compiled_training_equals_eager_training():
     numbers = torch.rand(60, 5, 32, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for compiled in (False, True):
         torch.manual_seed(0)
-        few = {"policy_proposals": 2, "gaussian_proposals": 2, "sampling_steps": 1}  # steps take long to compile
-        args = module.Args(**few, alpha=10.0, compile=compiled)
+        args = module.Args(policy_proposals=2, gaussian_proposals=2, alpha=10.0, compile=compiled)
         agent = module.Agent(11, 3, args, torch.device("cpu"))
         agents.append(agent)
         metrics.append([])
