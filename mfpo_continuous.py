@@ -361,15 +361,23 @@ def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     return values[0], (probes * products).sum(-1, keepdim=True).mean(0)
 
 
+def cdf_of_box(mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distribution function of N(|mean|, std^2) at -1 and at 1, for float64 inputs.
+
+    A box far from the mean lies in the lower tail, where the distribution function keeps its relative precision.
+    """
+    low, high = (0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
+    return low, high
+
+
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """N(mean, std^2) truncated to [-1, 1], by inverting its distribution function at `uniform` in (0, 1).
 
-    It works in float64 and reflects the problem so that the mean is not negative. A box far from the mean then lies in
-    the lower tail, where the distribution function keeps its relative precision. Returns float32.
+    It works in float64 and reflects the problem so that the mean is not negative. Returns float32.
     """
     mean, std = mean.double(), std.double()
     sign = torch.where(mean < 0, -1.0, 1.0)
-    low, high = (0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
+    low, high = cdf_of_box(mean, std)
     cdf = (low + uniform * (high - low)).clamp(min=1e-300)  # beyond 37 std the sample is the nearest face
     return (sign * (mean.abs() + std * torch.special.ndtri(cdf)).clamp(-1, 1)).float()
 
@@ -387,11 +395,10 @@ def gaussian_log_weights(q, x_t, t, alpha) -> torch.Tensor:
     """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / p(a_k) for a_k from the truncated Gaussian; shape (B, K).
 
     Its density p is the kernel N over its integral in the box, so only that integral is left. It is the same for all k.
-    q (B, K), x_t (B, d), t (B, 1). In float64, since a box far from the mean has little mass.
+    q (B, K), x_t (B, d), t (B, 1).
     """
-    mean, std = (x_t / (1 - t)).double().abs(), (t / (1 - t)).double()
-    upper, lower = (torch.erfc((mean + bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
-    mass = (0.5 * (upper - lower)).clamp(min=1e-300)  # (B, d), of N(mean, std^2) in [-1, 1]
+    low, high = cdf_of_box((x_t / (1 - t)).double(), (t / (1 - t)).double())
+    mass = (high - low).clamp(min=1e-300)  # (B, d), of the Gaussian in [-1, 1]
     return q / alpha + (mass / (1 - t)).log().sum(-1, keepdim=True).float()
 
 
@@ -551,7 +558,8 @@ class Agent(nn.Module):
         self.q_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
-            q_values = self.q_mean(outputs)  # (2, B)
+        outputs = outputs.detach()
+        q_values = self.q_mean(outputs)  # (2, B)
         metrics = {
             "losses/qf1_values": q_values[0].mean(),
             "losses/qf2_values": q_values[1].mean(),

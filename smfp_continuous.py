@@ -208,7 +208,7 @@ class BatchRenorm(nn.Module):
             return torch.addcmul(self.bias, x - self.running_mean, self.weight / running_std)
         mean = x.mean(0)
         centred = x - mean
-        var = centred.square().mean(0)  # x.var() takes five times as long on a CPU
+        var = centred.square().mean(0)  # x.var(0) is slow on a CPU
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             settled = self.num_batches >= self.warmup
@@ -454,7 +454,7 @@ class Agent(nn.Module):
     def critic_values(self, obs, actions, next_obs, next_actions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Q_1(s, a), Q_2(s, a) and, without gradient, the smaller of Q'_1(s', a') and Q'_2(s', a'); each (B,).
 
-        CrossQ normalises both pairs by the statistics of the two together (arXiv 1902.05605, figure 1).
+        CrossQ normalises both pairs by the statistics of the two together (arXiv 1902.05605).
         """
         if self.crossq:
             self.qf1.train(), self.qf2.train()
