@@ -23,7 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
 from benchmark.density import figures, shares
-from tests.multigoal import FOUR, WIDTH, boltzmann, reward
+from tests.multigoal import FOUR, WIDTH, ExactQ, boltzmann
 
 CPU = torch.device("cpu")
 CENTRES = torch.tensor(FOUR.places, dtype=torch.float32)
@@ -126,7 +126,8 @@ def run(job: tuple[str, int, Args]) -> dict:
         time_distribution=options["times"],
     )
     agent = mfpo.Agent(1, 2, trained, CPU)
-    agent.q_value = lambda qf1, qf2, obs, actions: torch.from_numpy(reward(actions.numpy(), FOUR)).float()
+    exact_q = ExactQ(FOUR)
+    agent.q_value = lambda qf1, qf2, obs, actions: exact_q(obs, actions)
     slow = copy.deepcopy(agent.actor)
     schedules = [
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)

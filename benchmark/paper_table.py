@@ -11,6 +11,9 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.speed import MODES
+
 PAPER = {  # ms per action
     "SAC": 0.15,
     "TD3": 0.14,
@@ -22,16 +25,20 @@ PAPER = {  # ms per action
     "MaxEntDP": 1.56,
     "QVPO": 1.68,
 }
-OURS = ("eager", "graph", "compiled")
 
 
 def method(script: str, mode: str) -> str:
     """What a row of the CSV is called in the table: a peer by its name, ours by its algorithm and mode."""
     kind, *variant = mode.split()
-    if kind not in OURS:
+    if kind not in MODES:
         return mode
     words = [script.removesuffix("_continuous").upper(), *variant]
     return f"{' '.join(words)}, ours, {kind}"
+
+
+def published(name: str) -> float | None:
+    """The paper's milliseconds for a peer, which may have whose code it is in brackets."""
+    return PAPER.get(name.split(" (")[0])
 
 
 def read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -53,7 +60,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     ]
     for name, row in sorted(rows.items(), key=lambda item: item[1]["ms per action"]):
         rate = row.get("updates/s")
-        paper = PAPER.get(name.split(" (")[0])
+        paper = published(name)
         cells = [name, f"{row.get('steps', 0):.0f}", f"{row['ms per action']:.3f}"]
         cells += [f"{row['ms per action'] / sac['ms per action']:.1f}"]
         cells += [f"{rate:.3g}", f"{sac['updates/s'] / rate:.1f}"] if rate else ["", ""]
@@ -76,9 +83,9 @@ def draw(sizes: dict, path: Path) -> None:
         names = [name for name, _ in ordered]
         colors = ["#0072B2" if "ours" in name else "#999999" for name in names]
         axis.barh(names, [row["ms per action"] for _, row in ordered], color=colors)
-        published = [(PAPER[name.split(" (")[0]], i) for i, name in enumerate(names) if name.split(" (")[0] in PAPER]
-        if published:
-            axis.plot(*zip(*published, strict=True), "x", color="#D55E00", label="paper, its machine")
+        crosses = [(published(name), i) for i, name in enumerate(names) if published(name)]
+        if crosses:
+            axis.plot(*zip(*crosses, strict=True), "x", color="#D55E00", label="paper, its machine")
             axis.legend(fontsize=7)
         axis.set(xscale="log", xlabel="ms per action", title=f"{size}'s sizes")
         axis.tick_params(labelsize=7)

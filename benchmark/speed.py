@@ -18,9 +18,9 @@ floating-point operations in matrix products, counted by PyTorch, over the rate 
 (rows, 256) x (256, 256) product measured in the same rounds, rows being those of the update's largest one.
 
 A peer is any command that follows benchmark/rounds.py, given the observation and action sizes as its last arguments
-(benchmark/peers/ has some);
-a loop peer is a CleanRL-like script, given --env-id, --seed, --learning-starts and --total-timesteps (CleanRL's needs
-PYTHONPATH=CHECKOUT and gymnasium 0.29). Each is compared with the script named before the colon.
+(benchmark/peers/ has some); a loop peer is a CleanRL-like script, given --env-id, --seed, --learning-starts and
+--total-timesteps (CleanRL's needs PYTHONPATH=CHECKOUT and gymnasium 0.29). Each is compared with the script named
+before the colon.
 Writes <out>.csv, <out>.md and <out>.png.
 """
 
@@ -104,7 +104,9 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]
     if hasattr(module, "keep_freed_memory"):
         module.keep_freed_memory()
     args = module.parse_args([*flags, "--threads", str(torch.get_num_threads())])
-    args.compile = compiled = mode == "compiled" and can_compile(script) and not flags
+    compiled = mode == "compiled" and can_compile(script) and not flags
+    if compiled:
+        args.compile = True
     module.set_up_torch(args)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)

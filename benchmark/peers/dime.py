@@ -22,9 +22,9 @@ sys.path[:0] = [checkout, str(Path(__file__).parent.parent)]
 import gymnasium as gym
 import hydra
 import jax
-import jax.numpy as jnp
 import numpy as np
 from diffusion.dime import DIME
+from jax_peers import strong
 from rounds import answer_rounds
 from stable_baselines3.common.logger import Logger
 
@@ -41,11 +41,6 @@ with hydra.initialize_config_dir(str(Path(checkout, "configs").resolve()), versi
 config = hydra.utils.instantiate(config)
 agent = DIME("MlpPolicy", Sizes(), model_save_path=None, save_every_n_steps=1, cfg=config)
 agent.set_logger(Logger(None, []))
-
-
-def strong(state):
-    """A state whose numbers keep their types from the first update on, so that JAX compiles each update only once."""
-    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), state)
 
 
 policy = agent.policy

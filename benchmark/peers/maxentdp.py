@@ -16,45 +16,15 @@ from pathlib import Path
 checkout, obs_dim, action_dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path[:0] = [checkout, f"{checkout}/examples/states", str(Path(__file__).parent.parent)]
 
-import jax
 import numpy as np
 from configs.max_entropy_learner_config import get_config
 from gym.spaces import Box
+from jax_peers import time_learner
 from jaxrl5.agents import MaxEntropyLearner
-from rounds import answer_rounds
 
 options = dict(get_config())
 options.pop("model_cls")
 spaces = Box(-1, 1, (obs_dim,), np.float32), Box(-1, 1, (action_dim,), np.float32)
 agent = MaxEntropyLearner.create(0, *spaces, **options)
-rng = np.random.default_rng(0)
-buffer = {
-    "observations": rng.normal(size=(10_000, obs_dim)),
-    "next_observations": rng.normal(size=(10_000, obs_dim)),
-    "actions": rng.uniform(-1, 1, size=(10_000, action_dim)),
-    "rewards": rng.normal(size=10_000),
-    "masks": np.ones(10_000),
-}
-buffer = {name: value.astype(np.float32) for name, value in buffer.items()}
-
-
-def update():
-    global agent
-    rows = rng.integers(10_000, size=256)
-    agent, _ = agent.update({name: value[rows] for name, value in buffer.items()})
-
-
-def act(method):
-    global agent
-    action, agent = method(agent, buffer["observations"][0])
-    return np.asarray(action)
-
-
-update()  # its shard_map commits the agent's arrays to a device, for which actions are compiled once more
-answer_rounds(
-    update=update,
-    action=lambda: act(MaxEntropyLearner.sample_actions),
-    best_action=lambda: act(MaxEntropyLearner.eval_actions),
-    wait=lambda: jax.block_until_ready(agent.score_model.params),
-    facts=lambda: {"steps": agent.T},  # of 10 candidates at once in an evaluation action
-)
+# An evaluation action takes its steps with 10 candidates at once.
+time_learner(agent, obs_dim, action_dim, "score_model", steps=agent.T)

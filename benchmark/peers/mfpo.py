@@ -13,43 +13,13 @@ from pathlib import Path
 checkout, obs_dim, action_dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path[:0] = [checkout, str(Path(__file__).parent.parent)]
 
-import jax
 import numpy as np
 from configs.mfpo_config import get_config
 from gym.spaces import Box
+from jax_peers import time_learner
 from jaxrl5.agents.mean_flow_learner import MeanFlowLearner
-from rounds import answer_rounds
 
 options = dict(get_config())
 options.pop("model_cls")
 agent = MeanFlowLearner.create(0, Box(-1, 1, (obs_dim,), np.float32), Box(-1, 1, (action_dim,), np.float32), **options)
-rng = np.random.default_rng(0)
-buffer = {
-    "observations": rng.normal(size=(10_000, obs_dim)),
-    "next_observations": rng.normal(size=(10_000, obs_dim)),
-    "actions": rng.uniform(-1, 1, size=(10_000, action_dim)),
-    "rewards": rng.normal(size=10_000),
-    "masks": np.ones(10_000),
-}
-buffer = {name: value.astype(np.float32) for name, value in buffer.items()}
-
-
-def update():
-    global agent
-    rows = rng.integers(10_000, size=256)
-    agent, _ = agent.update({name: value[rows] for name, value in buffer.items()}, utd_ratio=1)
-
-
-def act(method):
-    global agent
-    action, agent = method(agent, buffer["observations"][0])
-    return np.asarray(action)
-
-
-answer_rounds(
-    update=update,
-    action=lambda: act(MeanFlowLearner.sample_actions),
-    best_action=lambda: act(MeanFlowLearner.eval_actions),
-    wait=lambda: jax.block_until_ready(agent.actor.params),
-    facts=lambda: {"steps": 2},
-)
+time_learner(agent, obs_dim, action_dim, "actor", steps=2, utd_ratio=1)

@@ -22,8 +22,8 @@ sys.path[:0] = [str(checkout), str(Path(__file__).parent.parent)]
 
 import gymnasium as gym
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax_peers import strong
 from rounds import answer_rounds
 
 
@@ -45,11 +45,6 @@ sys.argv[1:] = ["--env-id", "Sizes-v0", "--no-track", "--total-timesteps", "0", 
 with tempfile.TemporaryDirectory() as folder, chdir(folder), redirect_stdout(sys.stderr):
     # its functions are made where it trains, so it runs, for no step
     run = SimpleNamespace(**runpy.run_path(str(script), run_name="__main__"))
-
-
-def strong(state):
-    """A state whose numbers keep their types from the first update on, so that JAX compiles the functions only once."""
-    return jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), state)
 
 
 run.qf_state = strong(run.update_target(run.qf_state, run.args.tau))
