@@ -62,126 +62,80 @@ from tqdm import tqdm
 
 @dataclass
 class RunArgs:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's folder name"""
-    seed: int = 1
-    """seed of the networks, the noise, the replay sampling and the environments"""
-    env_id: str = "Hopper-v4"
-    """a Gymnasium id, or `module:id` to import the module that registers it"""
-    total_timesteps: int = 1_000_000
-    """environment steps, summed over the parallel environments"""
-    num_envs: int = 1
-    """environments stepped in turn, on one batch of actions"""
-    torch_deterministic: bool = True
-    """ask PyTorch for deterministic kernels"""
-    cuda: bool = True
-    """train on the GPU when there is one"""
-    cuda_graph: bool = True
-    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
-    threads: int = 4
-    """most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it"""
-    log_frequency: int = 100
-    """environment steps between two rows of losses and diagnostics"""
-    diagnostics_frequency: int = 1_000
-    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
-    track: bool = False
-    """also log to Weights and Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "meanflow-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder name
+    seed: int = 1  # seed of the networks, the noise, the replay sampling and the environments
+    env_id: str = "Hopper-v4"  # a Gymnasium id, or `module:id` to import the module that registers it
+    total_timesteps: int = 1_000_000  # environment steps, summed over the parallel environments
+    num_envs: int = 1  # environments stepped in turn, on one batch of actions
+    torch_deterministic: bool = True  # ask PyTorch for deterministic kernels
+    cuda: bool = True  # train on the GPU when there is one
+    cuda_graph: bool = True  # on a GPU, launch each update and each action as one CUDA graph, not kernel by kernel
+    threads: int = 4  # most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it
+    log_frequency: int = 100  # environment steps between two rows of losses and diagnostics
+    diagnostics_frequency: int = 1_000  # environment steps between two rows of costlier diagnostics; 0 turns them off
+    track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
+    wandb_project_name: str = "meanflow-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
 
 
 @dataclass
 class OutputArgs:
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 turns them off"""
-    eval_episodes: int = 10
-    """episodes per evaluation, run as one batch"""
-    eval_max_steps: int = 10_000
-    """steps after which an evaluation episode that has not ended is cut"""
-    capture_video: bool = False
-    """record an episode of each evaluated policy in the run's folder (needs `pip install moviepy`)"""
-    evaluate: str | None = None
-    """play --eval-episodes episodes with this model.pt or checkpoint.pt, print their return, and stop"""
-    save_model: bool = False
-    """write the trained weights to runs/<run>/model.pt at the end"""
+    eval_frequency: int = 10_000  # environment steps between two evaluations; 0 turns them off
+    eval_episodes: int = 10  # episodes per evaluation, run as one batch
+    eval_max_steps: int = 10_000  # steps after which an evaluation episode that has not ended is cut
+    capture_video: bool = False  # record an episode of each evaluated policy (needs `pip install moviepy`)
+    evaluate: str | None = None  # play episodes with this model.pt or checkpoint.pt, print their return, and stop
+    save_model: bool = False  # write the trained weights to runs/<run>/model.pt at the end
+    # steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops
     checkpoint_frequency: int = 10_000
-    """steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops"""
-    resume: str | None = None
-    """continue the run in this folder; flags that are not given keep the values of that run"""
+    resume: str | None = None  # continue the run in this folder; flags that are not given keep the values of that run
 
 
 @dataclass
 class TrainingArgs:
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """step of the target critics' moving average"""
-    batch_size: int = 256
-    """transitions per update"""
-    utd_ratio: float = 1.0
-    """updates per environment step"""
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critics' moving average
+    batch_size: int = 256  # transitions per update
+    utd_ratio: float = 1.0  # updates per environment step
 
 
 @dataclass
 class MethodArgs:
-    learning_starts: int = 10_000
-    """uniformly random steps before the first update (paper)"""
-    learning_rate: float = 3e-4
-    """Adam's learning rate for every network and the temperature (paper)"""
-    sampling_steps: int = 2
-    """T, the sampler's steps from noise to action (paper)"""
-    policy_proposals: int = 16
-    """K1, actions of the policy per state in the velocity estimate (paper)"""
-    gaussian_proposals: int = 32
-    """K2, actions of the truncated Gaussian per state in the velocity estimate (paper)"""
-    divergence_probes: int = 2
-    """N, normal probes of the Skilling-Hutchinson divergence estimate (paper)"""
-    data_proportion: float = 0.75
-    """share of the batch with r = t, which trains the instantaneous velocity (paper)"""
-    clipped_double_q: bool = True
-    """use the critic with the smaller mean; otherwise average the two (paper: off on HalfCheetah)"""
-    policy_batch_size: int | None = None
-    """states of the batch that train the policy, the divergence network and the temperature; None: all (paper)"""
+    learning_starts: int = 10_000  # uniformly random steps before the first update (paper)
+    learning_rate: float = 3e-4  # Adam's learning rate for every network and the temperature (paper)
+    sampling_steps: int = 2  # T, the sampler's steps from noise to action (paper)
+    policy_proposals: int = 16  # K1, actions of the policy per state in the velocity estimate (paper)
+    gaussian_proposals: int = 32  # K2, actions of the truncated Gaussian per state in the velocity estimate (paper)
+    divergence_probes: int = 2  # N, normal probes of the Skilling-Hutchinson divergence estimate (paper)
+    data_proportion: float = 0.75  # share of the batch with r = t, which trains the instantaneous velocity (paper)
+    clipped_double_q: bool = True  # take the critic of the smaller mean, or their average (paper: off on HalfCheetah)
+    policy_batch_size: int | None = None  # states of the batch that train all but the critics; None: all (paper)
+    # what critics learn of the return: C51's atoms on a fixed support (paper), its quantiles, or its mean alone
     critic: Literal["c51", "quantile", "mean"] = "c51"
-    """what critics learn of the return: C51's atoms on a fixed support (paper), its quantiles, or its mean alone"""
-    num_atoms: int = 101
-    """atoms of C51's distributions (paper), or the number of quantiles"""
-    v_min: float = -1600.0
-    """smallest atom of C51's (paper)"""
-    v_max: float = 1600.0
-    """largest atom of C51's (paper)"""
-    critic_init_std: float | None = None
-    """standard deviation about 0 of the returns that new critics predict; None: atoms about equally likely (paper)"""
-    policy_frequency: int = 1
-    """updates of the critics per update of the policy, the divergence network and the temperature (paper)"""
-    autotune: bool = True
-    """learn the temperature; otherwise it stays at --alpha"""
-    alpha: float = 0.01
-    """the temperature, or its first value when it is learned (paper)"""
-    rho: float = 0.5
-    """the target entropy is -rho d for d action dimensions (paper)"""
-    eval_candidates: int = 10
-    """evaluation plays the best of this many sampled actions, by the target critics (paper)"""
-    compile: bool = False
-    """compile the update with torch.compile; this needs a C++ compiler and takes a minute or two"""
+    num_atoms: int = 101  # atoms of C51's distributions (paper), or the number of quantiles
+    v_min: float = -1600.0  # smallest atom of C51's (paper)
+    v_max: float = 1600.0  # largest atom of C51's (paper)
+    critic_init_std: float | None = None  # new C51 critics' standard deviation about 0; None: uniform (paper)
+    policy_frequency: int = 1  # updates of the critics per update of everything else (paper)
+    autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
+    alpha: float = 0.01  # the temperature, or its first value when it is learned (paper)
+    rho: float = 0.5  # the target entropy is -rho d for d action dimensions (paper)
+    eval_candidates: int = 10  # evaluation plays the best of this many sampled actions, by the target critics (paper)
+    compile: bool = False  # compile the update with torch.compile; this needs a C++ compiler and takes a minute or two
 
 
 @dataclass
 class AblationArgs:
-    meanflow: bool = True
-    """learn average velocities (paper); otherwise plain flow matching, with r = t in training and in the sampler"""
+    meanflow: bool = True  # learn average velocities (paper); otherwise plain flow matching, r = t throughout
+    # log pi by a network of the flow's divergence (paper) or of the T steps' own determinants; exactly; or left out
     likelihood: Literal["adn", "map", "exact", "none"] = "adn"
-    """log pi by a network of the flow's divergence (paper) or of the T steps' own determinants; exactly; or left out"""
+    # proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0
     proposals: Literal["both", "policy", "gaussian"] = "both"
-    """proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0"""
+    # weigh the proposals' two estimates by effective sample size (paper), or make one of all proposals together
     combination: Literal["ess", "pooled"] = "ess"
-    """weigh the proposals' two estimates by effective sample size (paper), or make one of all proposals together"""
+    # distribution of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often
     time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    """distribution of t and r: logit-normal(-0.4, 1) (paper), or uniform, which trains the ends of [0, 1] more often"""
 
 
 @dataclass

@@ -75,110 +75,67 @@ from tqdm import tqdm
 
 @dataclass
 class RunArgs:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's folder name"""
-    seed: int = 1
-    """seed of the networks, the noise, the replay sampling and the environments"""
-    env_id: str = "Hopper-v4"
-    """a Gymnasium id, or `module:id` to import the module that registers it"""
-    total_timesteps: int = 1_000_000
-    """environment steps, summed over the parallel environments"""
-    num_envs: int = 1
-    """environments stepped in turn, on one batch of actions"""
-    torch_deterministic: bool = True
-    """ask PyTorch for deterministic kernels"""
-    cuda: bool = True
-    """train on the GPU when there is one"""
-    cuda_graph: bool = True
-    """on a GPU, launch each update and each action as one CUDA graph instead of kernel by kernel"""
-    threads: int = 4
-    """most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it"""
-    log_frequency: int = 100
-    """environment steps between two rows of losses and diagnostics"""
-    diagnostics_frequency: int = 1_000
-    """environment steps between two rows of the costlier diagnostics; 0 turns them off"""
-    track: bool = False
-    """also log to Weights and Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "meanflow-rl"
-    """the Weights and Biases project"""
-    wandb_entity: str | None = None
-    """the Weights and Biases team"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder name
+    seed: int = 1  # seed of the networks, the noise, the replay sampling and the environments
+    env_id: str = "Hopper-v4"  # a Gymnasium id, or `module:id` to import the module that registers it
+    total_timesteps: int = 1_000_000  # environment steps, summed over the parallel environments
+    num_envs: int = 1  # environments stepped in turn, on one batch of actions
+    torch_deterministic: bool = True  # ask PyTorch for deterministic kernels
+    cuda: bool = True  # train on the GPU when there is one
+    cuda_graph: bool = True  # on a GPU, launch each update and each action as one CUDA graph, not kernel by kernel
+    threads: int = 4  # most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it
+    log_frequency: int = 100  # environment steps between two rows of losses and diagnostics
+    diagnostics_frequency: int = 1_000  # environment steps between two rows of costlier diagnostics; 0 turns them off
+    track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
+    wandb_project_name: str = "meanflow-rl"  # the Weights and Biases project
+    wandb_entity: str | None = None  # the Weights and Biases team
 
 
 @dataclass
 class OutputArgs:
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 turns them off"""
-    eval_episodes: int = 10
-    """episodes per evaluation, run as one batch"""
-    eval_max_steps: int = 10_000
-    """steps after which an evaluation episode that has not ended is cut"""
-    capture_video: bool = False
-    """record an episode of each evaluated policy in the run's folder (needs `pip install moviepy`)"""
-    evaluate: str | None = None
-    """play --eval-episodes episodes with this model.pt or checkpoint.pt, print their return, and stop"""
-    save_model: bool = False
-    """write the trained weights to runs/<run>/model.pt at the end"""
+    eval_frequency: int = 10_000  # environment steps between two evaluations; 0 turns them off
+    eval_episodes: int = 10  # episodes per evaluation, run as one batch
+    eval_max_steps: int = 10_000  # steps after which an evaluation episode that has not ended is cut
+    capture_video: bool = False  # record an episode of each evaluated policy (needs `pip install moviepy`)
+    evaluate: str | None = None  # play episodes with this model.pt or checkpoint.pt, print their return, and stop
+    save_model: bool = False  # write the trained weights to runs/<run>/model.pt at the end
+    # steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops
     checkpoint_frequency: int = 10_000
-    """steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops"""
-    resume: str | None = None
-    """continue the run in this folder; flags that are not given keep the values of that run"""
+    resume: str | None = None  # continue the run in this folder; flags that are not given keep the values of that run
 
 
 @dataclass
 class TrainingArgs:
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """step of the target critics' moving average"""
-    batch_size: int = 256
-    """transitions per update"""
-    utd_ratio: float = 1.0
-    """updates per environment step"""
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # step of the target critics' moving average
+    batch_size: int = 256  # transitions per update
+    utd_ratio: float = 1.0  # updates per environment step
 
 
 @dataclass
 class MethodArgs:
-    learning_starts: int = 5_000
-    """uniformly random steps before the first update (as in SAC)"""
-    policy_lr: float = 3e-4
-    """learning rate of the policy (as in SAC)"""
-    q_lr: float = 1e-3
-    """learning rate of the critics and of the temperature (as in SAC and CrossQ)"""
-    policy_frequency: int = 2
-    """updates of the critics per update of the policy, its slow copy and the temperature (measured)"""
-    autotune: bool = True
-    """learn the temperature; otherwise it stays at --alpha"""
-    alpha: float = 1.0
-    """the temperature, or its first value when it is learned (authors: fixed at 0.01, 0.05, 0.1 or 0.2, by task)"""
-    latents: int = 5
-    """M, latents per state: samples, components of the density, and proposals of the regression (measured)"""
-    kl_coef: float = 0.1
-    """lambda / alpha, weight of the KL to the slow copy of the policy; 0 removes it, also from the weights' exponent"""
-    meanflow_coef: float = 1.0
-    """c, weight of the MeanFlow regression in units of alpha; 0 removes the term"""
-    policy_tau: float = 0.005
-    """step of the slow copy's moving average, per update of the policy (our choice, as `tau`)"""
-    data_proportion: float = 0.5
-    """share of the regression's batch at r = t, that is on the instantaneous velocity (our choice)"""
-    behavior_candidates: int = 1
-    """K_b, exploration plays the best of this many actions by the target critics (paper: above 1)"""
-    target_candidates: int = 1
-    """K_t, the TD target takes the best, by the target critics, of this many of the M actions (paper: K_b / 2)"""
-    eval_candidates: int = 10
-    """evaluation plays the best of this many actions by the target critics (as in MFPO)"""
-    critic: Literal["sac", "crossq"] = "crossq"
-    """twin Q with target networks, or CrossQ's: batch renormalisation, (s, a) and (s', a') in one pass, no targets"""
-    critic_width: int = 256
-    """units in each of the critics' two hidden layers (CrossQ: 2048)"""
+    learning_starts: int = 5_000  # uniformly random steps before the first update (as in SAC)
+    policy_lr: float = 3e-4  # learning rate of the policy (as in SAC)
+    q_lr: float = 1e-3  # learning rate of the critics and of the temperature (as in SAC and CrossQ)
+    policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
+    autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
+    alpha: float = 1.0  # the temperature, or its first value when it is learned (authors: fixed, 0.01 to 0.2)
+    latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
+    kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without it
+    meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term
+    policy_tau: float = 0.005  # step of the slow copy's moving average, per update of the policy (our choice, as `tau`)
+    data_proportion: float = 0.5  # share of the regression's batch at r = t, the instantaneous velocity (our choice)
+    behavior_candidates: int = 1  # K_b, exploration plays the best, by Q, of this many actions (paper: above 1)
+    target_candidates: int = 1  # K_t, the TD target takes the best, by Q, of this many of the M (paper: K_b / 2)
+    eval_candidates: int = 10  # evaluation plays the best, by Q, of this many actions (as in MFPO)
+    critic: Literal["sac", "crossq"] = "crossq"  # with target networks, or CrossQ's: batch renormalisation, no targets
+    critic_width: int = 256  # units in each of the critics' two hidden layers (CrossQ: 2048)
 
 
 @dataclass
 class AblationArgs:
-    mirror_descent_weights: bool = True
-    """regress towards the mirror-descent solution; otherwise towards the slow copy itself (paper's ablation)"""
+    mirror_descent_weights: bool = True  # regress towards the mirror-descent solution; otherwise the slow copy itself
 
 
 @dataclass
