@@ -1,8 +1,8 @@
 """The action density that a run on the multi-goal task learned, beside the Boltzmann density that is optimal there.
 
     python sac_continuous.py --env-id tests.multigoal:MultiGoal-v0 --no-autotune --total-timesteps 5000
-    python benchmark/density.py runs/<run> runs/<another> --out benchmark/results/multigoal
-    python benchmark/density.py benchmark/results/multigoal_variants.csv
+    python benchmark/density.py runs/<run> runs/<another> --out benchmark/results/modes/multigoal
+    python benchmark/density.py benchmark/results/modes/multigoal_variants.csv
 
 For each run, in the order given: total variation to the optimum and Kullback-Leibler divergence from it on a 16 x 16
 grid, the probability that each goal is the nearest, the entropy of the histogram in nats and, for MFPO, the error of

@@ -1,6 +1,6 @@
 """Why MFPO's two-step map is worse than the field it averages: one ingredient changed at a time, the critic known.
 
-    python benchmark/flow_map.py --out benchmark/results/flow_map
+    python benchmark/flow_map.py --out benchmark/results/modes/flow_map
 
 The policy and the average divergence network learn the multi-goal task's Boltzmann density at alpha = 1 by MFPO's own
 code, with the exact reward in the place of the critics. Total variation to the optimum (16 x 16 grid) of the T-step map

@@ -25,9 +25,9 @@ for threads in ${THREADS:-1}; do
     # SAC last: its updates are the shortest, and what is timed first in a round has been seen to come out slow.
     python benchmark/speed.py --scripts mfpo_continuous smfp_continuous sac_continuous --threads "$threads" \
         --rounds "${ROUNDS:-3}" --shapes Hopper Humanoid --tasks \
-        "${eager[@]}" --out "benchmark/results/gains_threads$threads"
-    rm "benchmark/results/gains_threads$threads.png" # too many bars to read
+        "${eager[@]}" --out "benchmark/results/speed/gains_threads$threads"
+    rm "benchmark/results/speed/gains_threads$threads.png" # too many bars to read
     python benchmark/speed.py --scripts mfpo_continuous --compile --threads "$threads" --rounds "${ROUNDS:-3}" \
-        --shapes Hopper Humanoid --tasks "${peers[@]}" --out "benchmark/results/gains_compiled_threads$threads"
-    rm "benchmark/results/gains_compiled_threads$threads.png"
+        --shapes Hopper Humanoid --tasks "${peers[@]}" --out "benchmark/results/speed/gains_compiled_threads$threads"
+    rm "benchmark/results/speed/gains_compiled_threads$threads.png"
 done

@@ -1,6 +1,6 @@
 """Where MFPO's log pi goes wrong: in the average divergence network, or in the sampler's few steps?
 
-    python benchmark/likelihood.py runs/HalfCheetah-v4__mfpo* --out benchmark/results/likelihood
+    python benchmark/likelihood.py runs/HalfCheetah-v4__mfpo* --out benchmark/results/likelihood/likelihood
 
 The network integrates the divergence of the instantaneous field; the actions come from a map of T long steps. As far as
 that map is not the field's flow, the two have different densities, however good the network. So this compares three

@@ -42,7 +42,7 @@ more="--policy-proposals $((2 * K1)) --gaussian-proposals $((K2 - K1))"
     "mfpo-more-policy: $base $more" \
     "${flags[@]}"
 python benchmark/report.py runs/mfpo_ablations/* --normalize mfpo --also diagnostics/entropy diagnostics/adn_log_prob_bias \
-    losses/alpha --out benchmark/results/mfpo_ablations
+    losses/alpha --out benchmark/results/ablations/mfpo_ablations
 python benchmark/report.py runs/mfpo_ablations/HalfCheetah-v4__mfpo__* --metric diagnostics/adn_log_prob_bias \
-    --normalize mfpo --out benchmark/results/mfpo_drift
-python benchmark/likelihood.py runs/mfpo_ablations/* --out benchmark/results/likelihood
+    --normalize mfpo --out benchmark/results/likelihood/mfpo_drift
+python benchmark/likelihood.py runs/mfpo_ablations/* --out benchmark/results/likelihood/likelihood

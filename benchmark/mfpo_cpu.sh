@@ -19,7 +19,7 @@ flags=(-- --learning-starts 1000 --total-timesteps 10000 --eval-frequency 2000)
     --scripts "sac: sac_continuous" "smfp: smfp_continuous" "${flags[@]}"
 python benchmark/report.py runs/mfpo_cpu/* --normalize sac --also diagnostics/q_std diagnostics/q_action_std \
     diagnostics/adn_log_prob_bias diagnostics/flow_gap --published benchmark/results/published.csv \
-    --out benchmark/results/mfpo_cpu
+    --out benchmark/results/taking_off/mfpo_cpu
 
 # For longer: does it go on learning, does its divergence network drift? With the paper's 16 : 32 as well; and with narrower
 # atoms, 3.2 apart instead of 32, from a narrow distribution or from the paper's broad one.
@@ -33,14 +33,14 @@ narrow="--v-min -160 --v-max 160"
 "${more[@]}" --seeds 1 2 --scripts "mfpo-v160: $cheetah $narrow" "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_long/* --normalize mfpo-K4-8-init32 --also diagnostics/q_std diagnostics/edge_mass \
     diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha diagnostics/ess_policy \
-    diagnostics/ess_gaussian diagnostics/clipped_fraction --out benchmark/results/mfpo_long
-python benchmark/posture.py runs/mfpo_long/* --out benchmark/results/posture
+    diagnostics/ess_gaussian diagnostics/clipped_fraction --out benchmark/results/taking_off/mfpo_long
+python benchmark/posture.py runs/mfpo_long/* --out benchmark/results/taking_off/posture
 
 # How fast the spread of the paper's critics falls.
 python benchmark/sweep.py --runs-dir runs/mfpo_spread --seeds 2 --env-ids HalfCheetah-v4 --scripts "mfpo-K4-8: $cheetah" \
     -- --learning-starts 1000 --total-timesteps 3000 --eval-frequency 0
 python benchmark/report.py runs/mfpo_spread/* --normalize mfpo-K4-8 --metric diagnostics/q_std --also diagnostics/q_action_std \
-    --out benchmark/results/mfpo_spread
+    --out benchmark/results/taking_off/mfpo_spread
 
 # To 100,000 steps under the conditions of mujoco_cpu.sh, whose curves are drawn beside.
 more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k --seeds "${seeds[@]}")
@@ -50,8 +50,8 @@ flags=(-- --learning-starts 5000 --eval-frequency 5000 --total-timesteps 100000 
 python benchmark/report.py runs/mfpo_100k/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/flow_gap \
     diagnostics/q_action_std diagnostics/entropy losses/alpha diagnostics/ess_policy diagnostics/ess_gaussian \
-    --beside benchmark/results/mujoco_cpu.csv benchmark/results/mujoco_cpu2.csv --out benchmark/results/mfpo_100k
-python benchmark/likelihood.py runs/mfpo_100k/* --out benchmark/results/likelihood_100k
+    --beside benchmark/results/learning_curves/mujoco_cpu.csv benchmark/results/learning_curves/mujoco_cpu2.csv --out benchmark/results/learning_curves/mfpo_100k
+python benchmark/likelihood.py runs/mfpo_100k/* --out benchmark/results/likelihood/likelihood_100k
 
 # The same on Ant; and on Hopper with atoms 6 apart instead of 32.
 more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k2 --seeds "${seeds[@]}")
@@ -59,15 +59,15 @@ more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k2 --seeds "${seeds[@]}"
 "${more[@]}" --env-ids Hopper-v4 --scripts "mfpo-K4-8-init32-support500: $mfpo $init --v-min -100 --v-max 500" "${flags[@]}"
 python benchmark/report.py runs/mfpo_100k2/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
-    diagnostics/q_action_std --beside benchmark/results/{mfpo_100k,mujoco_cpu,mujoco_cpu2}.csv \
-    --out benchmark/results/mfpo_100k2
+    diagnostics/q_action_std --beside benchmark/results/learning_curves/{mfpo_100k,mujoco_cpu,mujoco_cpu2}.csv \
+    --out benchmark/results/learning_curves/mfpo_100k2
 
 # The same on the two tasks that are left.
 more=(python benchmark/sweep.py --runs-dir runs/mfpo_100k3 --seeds "${seeds[@]}")
 "${more[@]}" --env-ids Walker2d-v4 Humanoid-v4 --scripts "mfpo-K4-8-init32: $mfpo $init" "${flags[@]}"
 python benchmark/report.py runs/mfpo_100k3/* --normalize mfpo-K4-8-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
-    diagnostics/q_action_std --beside benchmark/results/{mujoco_cpu,mujoco_cpu2}.csv --out benchmark/results/mfpo_100k3
+    diagnostics/q_action_std --beside benchmark/results/learning_curves/{mujoco_cpu,mujoco_cpu2}.csv --out benchmark/results/learning_curves/mfpo_100k3
 
 # What keeps the temperature up on Walker2d: the paper's number of proposals, or a higher target of the entropy.
 more=(python benchmark/sweep.py --runs-dir runs/mfpo_temperature --seeds "${seeds[@]}" --env-ids Walker2d-v4)
@@ -75,5 +75,5 @@ more=(python benchmark/sweep.py --runs-dir runs/mfpo_temperature --seeds "${seed
     "${flags[@]}"
 python benchmark/report.py runs/mfpo_temperature/* --normalize mfpo-K16-32-init32 --every 1000 --also diagnostics/q_std \
     diagnostics/edge_mass diagnostics/adn_log_prob_bias diagnostics/entropy losses/alpha diagnostics/ess_policy \
-    diagnostics/ess_gaussian diagnostics/q_action_std --beside benchmark/results/mfpo_100k3.csv \
-    --out benchmark/results/mfpo_temperature
+    diagnostics/ess_gaussian diagnostics/q_action_std --beside benchmark/results/learning_curves/mfpo_100k3.csv \
+    --out benchmark/results/proposals/mfpo_temperature

@@ -1,6 +1,6 @@
 """What lets SMFP's policy keep several modes: its flags, with the exact reward in the critics' place.
 
-    python benchmark/modes.py --out benchmark/results/modes
+    python benchmark/modes.py --out benchmark/results/modes/modes
 
 Only the policy learns, on the tasks of tests/multigoal.py at alpha = 1, so that nothing but the policy's own objective
 is judged. Prints a line for each variant and writes <out>.csv: total variation to the optimum and the share of each

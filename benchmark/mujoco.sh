@@ -16,4 +16,4 @@ flags=(-- --total-timesteps "${STEPS:-1000000}")
 cheetah="mfpo_continuous --no-clipped-double-q" # as in the paper
 "${sweep[@]}" --env-ids HalfCheetah-v4 --scripts "mfpo: $cheetah" "mfpo-init32: $cheetah --critic-init-std 32" "${flags[@]}"
 python benchmark/report.py runs/mujoco/* --normalize sac --published benchmark/results/published.csv \
-    --out benchmark/results/mujoco
+    --out benchmark/results/learning_curves/mujoco

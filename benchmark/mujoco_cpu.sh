@@ -14,4 +14,4 @@ flags=(-- --total-timesteps 100000)
     "${flags[@]}"
 python benchmark/report.py runs/mujoco_cpu/* --normalize sac --also diagnostics/latent_spread diagnostics/sigma \
     diagnostics/entropy_gap diagnostics/entropy diagnostics/ess diagnostics/kl_of_update losses/alpha \
-    --published benchmark/results/published.csv --out benchmark/results/mujoco_cpu
+    --published benchmark/results/published.csv --out benchmark/results/learning_curves/mujoco_cpu

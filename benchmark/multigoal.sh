@@ -21,5 +21,5 @@ python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 --seeds 1 2 3 -
     "mfpo-uniform: $mfpo --time-distribution uniform --data-proportion 0.25" \
     -- --no-autotune --alpha 1 --batch-size 64 --learning-starts 500 --total-timesteps 2500 --policy-frequency 1 \
     --eval-frequency 0 --checkpoint-frequency 0
-python benchmark/density.py runs/multigoal/*__{sac,smfp,mfpo}__1__* --out benchmark/results/multigoal
-python benchmark/density.py runs/multigoal/* --no-picture --out benchmark/results/multigoal_variants
+python benchmark/density.py runs/multigoal/*__{sac,smfp,mfpo}__1__* --out benchmark/results/modes/multigoal
+python benchmark/density.py runs/multigoal/* --no-picture --out benchmark/results/modes/multigoal_variants

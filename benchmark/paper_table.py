@@ -1,7 +1,7 @@
 """The table of MFPO's paper, from what benchmark/speed.py measured: steps, ms per action, updates per second.
 
     bash benchmark/paper_table.sh PEERS                                  # measures, then calls this
-    python benchmark/paper_table.py benchmark/results/paper_table.csv    # prints it again
+    python benchmark/paper_table.py benchmark/results/speed/paper_table.csv    # prints it again
 
 For each size it prints a Markdown table, the fastest action first, and beside it what the paper has on its own machine
 (arXiv 2604.14698). Ratios are to our SAC, eager, in the same run; the paper's are to its SAC. Draws <csv>.png.

@@ -20,5 +20,5 @@ for steps in 1 4 8 16; do
     flags+=(--variant "mfpo_continuous:T$steps=--sampling-steps $steps")
 done
 python benchmark/speed.py --compile --rounds 3 --shapes Hopper Humanoid --tasks --threads 1 "${flags[@]}" \
-    --out benchmark/results/paper_table
-python benchmark/paper_table.py benchmark/results/paper_table.csv | tee -a benchmark/results/paper_table.md
+    --out benchmark/results/speed/paper_table
+python benchmark/paper_table.py benchmark/results/speed/paper_table.csv | tee -a benchmark/results/speed/paper_table.md

@@ -1,7 +1,7 @@
 """A learning curve of the authors' JAX code of MFPO, from your own checkout of it, on a Gymnasium task.
 
     JAX_PYTHON benchmark/peer_curve.py CHECKOUT --env-id HalfCheetah-v4 --seed 1 --total-timesteps 13000 \\
-        --learning-starts 1000 --eval-frequency 2000 --config use_cdq=false --out benchmark/results/mfpo_peer_jax
+        --learning-starts 1000 --eval-frequency 2000 --config use_cdq=false --out mfpo_peer_jax
 
 Their own training loop needs gym 0.23 and mujoco-py; here their agent, with the defaults of their config but for
 --config, learns in the loop of mfpo_continuous.py: the same tasks, random steps, evaluations and scores. Writes

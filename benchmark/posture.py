@@ -1,6 +1,6 @@
 """Does a HalfCheetah run on its feet or on its back? From the replay buffers in the checkpoints of runs.
 
-    python benchmark/posture.py runs/HalfCheetah-v4__* --every 2000 --out benchmark/results/posture
+    python benchmark/posture.py runs/HalfCheetah-v4__* --every 2000 --out benchmark/results/taking_off/posture
 
 A cheetah that has fallen on its back learns to slide along on it, which pays well enough to stay there. A curve that
 levels off may say that, and nothing of the algorithm. Writes <out>.csv and prints a table: for each `every` steps of

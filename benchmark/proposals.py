@@ -1,6 +1,6 @@
 """How good MFPO's estimates of the velocity are, by K1 : K2, with the critics of a trained run, against quadrature.
 
-    python benchmark/proposals.py runs/InvertedPendulum-v4__mfpo_continuous__1__* --out benchmark/results/proposals
+    python benchmark/proposals.py runs/InvertedPendulum-v4__mfpo_continuous__1__* --out proposals
 
 A velocity is (x_t - E[a_0 | x_t]) / t, so what is compared is E[a_0 | x_t] for the density exp(Q / alpha) of a_0: that
 of `estimate_velocity`, at states of the replay buffer and its own x_t, for each number of proposals, and that of a

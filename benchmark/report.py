@@ -1,14 +1,14 @@
 """Learning curves, tables and a CSV with every seed, from the folders of runs.
 
-    python benchmark/report.py runs/* --out benchmark/results/mujoco
+    python benchmark/report.py runs/* --out benchmark/results/learning_curves/mujoco
     python benchmark/report.py runs/* --normalize sac_continuous --published benchmark/results/published.csv
 
 Reads TensorBoard's event files and checkpoint.pt, nothing else. For <out> it writes
 
     <out>.csv                      every seed: env_id, exp_name, seed, metric, step, hours, value, std over the episodes
     <out>.md, printed too          last scores, incomplete runs, the command line behind each number, machine, commit
-    <out>_{steps,hours}.{png,svg}  a panel per task, over environment steps and over hours of training
-    <out>_aggregate.{png,svg}      interquartile mean over seeds and tasks with 95 % intervals (rliable)
+    <out>_{steps,hours}.png        a panel per task, over environment steps and over hours of training
+    <out>_aggregate.png            interquartile mean over seeds and tasks with 95 % intervals (rliable)
 
 Metrics: `train` (mean return of the training episodes that ended since the evaluation before; those after the last
 evaluation are left out), `eval_exploring` (one plain sample of the policy per step) and `eval` (SAC's mean action, the
@@ -252,7 +252,6 @@ def draw(panels: list[tuple[str, str, list]], ylabel: str, path: str) -> None:
     handles = [plt.Line2D([], [], linewidth=2, **look) for look in looks.values()]
     figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(f"{path}.png", dpi=120)
-    figure.savefig(f"{path}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -355,7 +354,6 @@ seed). In the end:
 
 def report(cells: Cells, beside: Cells, titles: dict[str, str], published: list[dict], args: Args) -> str:
     """Draw the pictures, `beside` in those of the tasks; returns the text of <out>.md."""
-    plt.rcParams["svg.hashsalt"] = "report"  # or the ids in an SVG are random
     for axis, kind in enumerate(("steps", "hours")):
         draw_tasks(beside | cells, args.metric, titles[args.metric], axis, f"{args.out}_{kind}")
     words = {"title": titles[args.metric], "name": args.out.name, "reference": args.normalize, "beside": ""}

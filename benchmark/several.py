@@ -1,6 +1,6 @@
 """Several runs at once on one machine, as people start them: training steps per second of each.
 
-    python benchmark/several.py --out benchmark/results/several
+    python benchmark/several.py --out benchmark/results/speed/several
     python benchmark/several.py --peer "sac_continuous:before=python OLD_CHECKOUT/sac_continuous.py"
 
 Each script is started once, twice and four times at the same moment, with the threads that it takes by itself. It is

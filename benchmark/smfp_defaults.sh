@@ -26,7 +26,7 @@ python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 --seeds 1 2 3 -
     --scripts "smfp: smfp_continuous --critic sac" "${alternatives[@]}" "${more[@]}" \
     -- --no-autotune --alpha 1 --batch-size 64 --learning-starts 500 --total-timesteps 2500 --policy-frequency 1 \
     --eval-frequency 0 --checkpoint-frequency 0
-python benchmark/density.py runs/smfp_multigoal/* --no-picture --out benchmark/results/smfp_multigoal
+python benchmark/density.py runs/smfp_multigoal/* --no-picture --out benchmark/results/modes/smfp_multigoal
 
 # Two tasks that show something early: 12,000 and 8,000 updates, minutes on a CPU core. How fast each takes off, no more.
 sweep=(python benchmark/sweep.py --seeds 1 2 --runs-dir runs/smfp_alternatives)
@@ -34,13 +34,13 @@ sweep=(python benchmark/sweep.py --seeds 1 2 --runs-dir runs/smfp_alternatives)
     -- --learning-starts 1000 --total-timesteps 13000 --eval-frequency 6500
 "${sweep[@]}" --env-ids Pusher-v5 --scripts "smfp: smfp_continuous --critic sac" "${alternatives[@]}" \
     -- --learning-starts 1000 --total-timesteps 9000 --eval-frequency 3000
-python benchmark/report.py runs/smfp_alternatives/* --normalize smfp --out benchmark/results/smfp_alternatives
+python benchmark/report.py runs/smfp_alternatives/* --normalize smfp --out benchmark/results/smfp_flags/smfp_alternatives
 
 python benchmark/sweep.py --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 --seeds 1 2 --runs-dir runs/smfp_sac \
     --scripts "sac: sac_continuous" "smfp: smfp_continuous --critic sac" -- --total-timesteps 50000 --eval-frequency 10000
-python benchmark/report.py runs/smfp_sac/* --normalize sac --out benchmark/results/smfp_sac
+python benchmark/report.py runs/smfp_sac/* --normalize sac --out benchmark/results/learning_curves/smfp_sac
 
 # CrossQ's critics, which the second block found ahead on HalfCheetah, under the conditions of the third.
 python benchmark/sweep.py --env-ids HalfCheetah-v4 --seeds 1 2 --runs-dir runs/smfp_crossq \
     --scripts "smfp-crossq: smfp_continuous --critic crossq" -- --total-timesteps 20000 --eval-frequency 10000
-python benchmark/report.py runs/smfp_crossq/* --normalize smfp-crossq --out benchmark/results/smfp_crossq
+python benchmark/report.py runs/smfp_crossq/* --normalize smfp-crossq --out benchmark/results/learning_curves/smfp_crossq

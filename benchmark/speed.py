@@ -1,6 +1,6 @@
 """How fast the scripts are: updates, actions and whole training loops, by task shape and mode, in one run.
 
-    python benchmark/speed.py --out benchmark/results/speed_cpu
+    python benchmark/speed.py --out benchmark/results/speed/speed_cpu
     python benchmark/speed.py --peer "mfpo_continuous:JAX=JAX_PYTHON benchmark/peers/mfpo.py CHECKOUT" \\
         --loop-peer "sac_continuous:CleanRL=PYTHON CHECKOUT/cleanrl/sac_continuous_action.py"
 

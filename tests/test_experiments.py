@@ -41,7 +41,7 @@ def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
             modules = {module.__name__: module for module in (density, likelihood, posture, report)}
             module = modules[program.removesuffix(".py").replace("/", ".")]
             args = tyro.cli(module.Args, args=line)
-            assert args.out.parent == Path("benchmark/results")
+            assert args.out.parent.parent == Path("benchmark/results") and (ROOT / args.out.parent).is_dir()
             folders = {name for folder, name in names if folder == args.runs[0].parent}
             assert folders
             if module is report:

@@ -1,0 +1,57 @@
+"""The front page and benchmark/results: links work, snippets run, every file is named on its folder's page."""
+
+import importlib
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark/results"
+PAGES = [ROOT / "README.md", *sorted(RESULTS.rglob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to a page's headings: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_works(page):
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in target]
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in RESULTS.rglob("*")}), ids=lambda path: path.name)
+def test_every_file_is_named_on_its_folders_page(folder):
+    """By its whole name, or by one with a star in it that is written as code."""
+    text = (folder / "README.md").read_text()
+    named = re.findall(r"`([^`\s]+)`|\]\(([^)\s]+)\)", text)
+    patterns = [pattern or link for pattern, link in named]
+    for file in folder.iterdir():
+        if file.is_file() and file.name != "README.md":
+            assert any(fnmatch(file.name, pattern) for pattern in patterns), file.name
+    assert not list(folder.glob("*.svg"))  # pictures are PNGs
+
+
+@pytest.mark.parametrize("script", ["sac_continuous", "smfp_continuous", "mfpo_continuous"])
+def test_the_front_pages_snippets_play_an_episode_and_export_the_policy(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    args = module.Args(env_id="InvertedPendulum-v4")
+    torch.save({"args": vars(args), "agent": module.Agent(4, 1, args, torch.device("cpu")).state_dict()}, "model.pt")
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(snippet.replace("smfp_continuous", script).replace("runs/<run>/model.pt", "model.pt"), names)
+    assert names["terminated"] and names["reward"] == 1  # the pole has fallen
+    torch.manual_seed(0)
+    expected = names["agent"].eval_actions(names["obs"][None])
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.export.load("policy.pt2").module()(names["obs"][None]), expected)
