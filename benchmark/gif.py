@@ -1,0 +1,86 @@
+"""A trained policy as a small moving picture.
+
+    MUJOCO_GL=egl python benchmark/gif.py benchmark/weights/smfp_halfcheetah.pt
+
+Plays one episode as in an evaluation, prints its return and writes <model>.gif. Without a GPU, `apt-get install
+libosmesa6` and MUJOCO_GL=osmesa will do. Needs `pip install -r requirements-dev.txt`.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmark.report import script_of
+
+
+@dataclass
+class Args:
+    model: Annotated[Path, tyro.conf.Positional]
+    """a model.pt or checkpoint.pt"""
+    start: int = 100
+    """the first step that is shown"""
+    frames: int = 60
+    """frames"""
+    every: int = 1
+    """environment steps per frame"""
+    milliseconds: int = 50
+    """how long a frame is shown"""
+    size: tuple[int, int] = (240, 180)
+    """width and height in pixels"""
+    colors: int = 32
+    """colours, the same in all frames"""
+    seed: int = 1
+    """seed of the episode"""
+
+
+def play(args: Args) -> tuple[list[Image.Image], float]:
+    """The frames, and the return of the whole episode."""
+    saved = torch.load(args.model, map_location="cpu", weights_only=True)
+    script = importlib.import_module(script_of(saved["args"]))
+    trained = script.Args(**saved["args"])
+    env = script.make_env(trained.env_id, render=True)
+    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], trained, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    torch.manual_seed(args.seed)
+    obs, step, total, ended, frames = script.reset(env, args.seed), 0, 0.0, False, []
+    while not ended:
+        if 0 <= step - args.start < args.frames * args.every and (step - args.start) % args.every == 0:
+            frames.append(crop(Image.fromarray(env.render()), args.size))
+        obs, reward, terminated, truncated = script.step(
+            env, agent.eval_actions(torch.from_numpy(obs)[None])[0].numpy()
+        )
+        step, total, ended = step + 1, total + reward, terminated or truncated
+    return frames, total
+
+
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture in the proportions of `size`, shrunk to it."""
+    width, height = image.size
+    scale = min(width / size[0], height / size[1])
+    left, top = (width - scale * size[0]) / 2, (height - scale * size[1]) / 2
+    return image.crop((left, top, width - left, height - top)).resize(size, Image.Resampling.LANCZOS)
+
+
+def main(args: Args) -> None:
+    frames, total = play(args)
+    if not frames:
+        sys.exit(f"gif.py: error: --start is {args.start}, and the episode had ended")
+    sheet = Image.new("RGB", (args.size[0], args.size[1] * len(frames)))  # one palette for all
+    for i, frame in enumerate(frames):
+        sheet.paste(frame, (0, i * args.size[1]))
+    palette = sheet.quantize(args.colors)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    out = args.model.with_suffix(".gif")
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=args.milliseconds, loop=0, optimize=True)
+    print(f"{out}: {len(frames)} frames, {out.stat().st_size / 1000:.0f} kB; the episode's return is {total:.0f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,60 @@
+"""benchmark/gif.py, with an environment that draws without a display."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import smfp_continuous
+from benchmark import gif
+
+
+class Painted(gym.Wrapper):
+    """A picture that is as red as the number of steps since the episode began."""
+
+    def reset(self, **options):
+        self.steps = 0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        self.steps += 1
+        return self.env.step(action)
+
+    def render(self):
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[..., 0] = 20 * self.steps
+        return picture
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    make_env = smfp_continuous.make_env
+    monkeypatch.setattr(smfp_continuous, "make_env", lambda env_id, render: Painted(make_env(env_id)))
+    args = smfp_continuous.Args(env_id="InvertedPendulum-v4", eval_candidates=1)
+    agent = smfp_continuous.Agent(4, 1, args, torch.device("cpu"))
+    torch.save({"args": vars(args), "agent": agent.state_dict()}, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_the_named_steps_of_an_episode_become_frames(model, capsys):
+    gif.main(gif.Args(model, start=1, frames=2, every=2, size=(30, 30), milliseconds=40))
+    with Image.open(model.with_suffix(".gif")) as image:
+        assert image.n_frames == 2 and image.size == (30, 30) and image.info["loop"] == 0
+        for frame, red in enumerate((20, 60)):  # steps 1 and 3
+            image.seek(frame)
+            assert image.info["duration"] == 40
+            assert np.array(image.convert("RGB"))[..., 0] == pytest.approx(red, abs=3)
+    _, total = gif.play(gif.Args(model))
+    assert total >= 3 and f"the episode's return is {total:.0f}" in capsys.readouterr().out
+
+
+def test_an_episode_that_ends_before_the_first_frame_is_refused(model):
+    with pytest.raises(SystemExit, match="--start is 100"):
+        gif.main(gif.Args(model))
+
+
+def test_crop_keeps_the_middle_and_the_proportions():
+    picture = np.zeros((100, 200, 3), np.uint8)
+    picture[:, 50:150] = 255  # a white square in the middle of a wide picture
+    assert (np.array(gif.crop(Image.fromarray(picture), (20, 20))) == 255).all()
