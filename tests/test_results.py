@@ -46,10 +46,10 @@ def test_the_front_pages_snippets_play_an_episode_and_export_the_policy(script, 
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
     args = module.Args(env_id="InvertedPendulum-v4")
-    torch.save({"args": vars(args), "agent": module.Agent(4, 1, args, torch.device("cpu")).state_dict()}, "model.pt")
+    torch.save({"args": vars(args), "agent": module.Agent(4, 1, args, torch.device("cpu")).state_dict()}, "saved.pt")
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
-        exec(snippet.replace("smfp_continuous", script).replace("runs/<run>/model.pt", "model.pt"), names)
+        exec(snippet.replace("smfp_continuous", script).replace("runs/<run>/checkpoint.pt", "saved.pt"), names)
     assert names["terminated"] and names["reward"] == 1  # the pole has fallen
     torch.manual_seed(0)
     expected = names["agent"].eval_actions(names["obs"][None])
