@@ -20,7 +20,16 @@ exec "{python}" -c 'import json, sys; print(json.dumps(sys.argv[1:]), file=open(
 
 
 @pytest.mark.parametrize(
-    "script", ["mujoco.sh", "mujoco_cpu.sh", "mfpo_ablations.sh", "mfpo_cpu.sh", "smfp_defaults.sh", "multigoal.sh"]
+    "script",
+    [
+        "mujoco.sh",
+        "mujoco_cpu.sh",
+        "mfpo_ablations.sh",
+        "mfpo_cpu.sh",
+        "mfpo_recipe.sh",
+        "smfp_defaults.sh",
+        "multigoal.sh",
+    ],
 )
 def test_the_sweeps_of_an_experiment_are_valid_and_distinct(script, tmp_path):
     """With a `python` on the PATH that only writes down what it is asked."""
