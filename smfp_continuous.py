@@ -122,7 +122,7 @@ class MethodArgs:
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 1.0  # the temperature, or its first value when it is learned (authors: fixed, 0.01 to 0.2)
     latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
-    kl_coef: float = 1.0  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
+    kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
     meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term
     policy_tau: float = 0.005  # step of the slow copy's moving average, per update of the policy (our choice, as `tau`)
     data_proportion: float = 0.5  # share of the regression's batch at r = t, the instantaneous velocity (our choice)

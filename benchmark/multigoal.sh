@@ -10,9 +10,10 @@ mfpo="mfpo_continuous --policy-batch-size 64 --v-min -50 --v-max 5"
 python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 tests.multigoal:UnequalGoals-v0 \
     --seeds "${seeds[@]}" --runs-dir runs/multigoal --scripts \
     "sac: sac_continuous" \
-    "smfp-M1: smfp_continuous --latents 1" \
     "smfp: smfp_continuous" \
-    "smfp-M16: smfp_continuous --latents 16" \
+    "smfp-lambda1: smfp_continuous --kl-coef 1" \
+    "smfp-lambda1-M1: smfp_continuous --kl-coef 1 --latents 1" \
+    "smfp-lambda1-M16: smfp_continuous --kl-coef 1 --latents 16" \
     "mfpo: $mfpo" \
     "mfpo-map: $mfpo --likelihood map" \
     "mfpo-exact: $mfpo --likelihood exact" \

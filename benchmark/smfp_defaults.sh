@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 alternatives=(
     "smfp-M1: smfp_continuous --critic sac --latents 1"
     "smfp-lambda0: smfp_continuous --critic sac --kl-coef 0"
-    "smfp-lambda0.1: smfp_continuous --critic sac --kl-coef 0.1"
+    "smfp-lambda1: smfp_continuous --critic sac --kl-coef 1"
     "smfp-c0: smfp_continuous --critic sac --meanflow-coef 0"
     "smfp-unweighted: smfp_continuous --critic sac --no-mirror-descent-weights"
     "smfp-Kb4-Kt2: smfp_continuous --critic sac --behavior-candidates 4 --target-candidates 2"

@@ -180,7 +180,7 @@ def test_average_divergence_network_learns_the_exact_log_prob():
     args = mfpo.Args(learning_rate=2e-3, time_distribution="uniform", data_proportion=0.25)
     agent = mfpo.Agent(1, d, args, torch.device("cpu"))
     obs = torch.zeros(64, 1)
-    updates = 700
+    updates = 400
     # Orthogonal probes, whose mean is the exact trace: the noise of normal ones leaves a bias that varies by the seed.
     probes = math.sqrt(d) * torch.eye(d)[:, None].expand(d, 64, d)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(agent.divergence_optimizer, updates)
