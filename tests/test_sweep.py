@@ -75,23 +75,22 @@ def wait_for_checkpoint(folder, process, name=r"\w+", but=()):
 
 
 def test_every_run_is_made_once(tmp_path, monkeypatch, capsys):
-    line = words(["sac_continuous", "fast: sac_continuous --tau 0.1"], [1, 2], 200)
+    line = words(["fast: sac_continuous --tau 0.1"], [1, 2], 200)
     code, out = sweep(tmp_path, line)
-    assert code == 0 and "4 of 4 runs are complete" in out, out
-    expected = [f"tests.faulty-Walk-v0__{name}__{seed}" for name in ("fast", "sac_continuous") for seed in (1, 2)]
+    assert code == 0 and "2 of 2 runs are complete" in out, out
+    expected = [f"tests.faulty-Walk-v0__fast__{seed}" for seed in (1, 2)]
     assert names(tmp_path) == expected
-    for name, tau in (("fast", 0.1), ("sac_continuous", 0.005)):
-        for seed in (1, 2):
-            checkpoint = saved(tmp_path, f"{name}__{seed}")
-            assert checkpoint["global_step"] == 200
-            assert (checkpoint["args"]["tau"], checkpoint["args"]["seed"]) == (tau, seed)
+    for seed in (1, 2):
+        checkpoint = saved(tmp_path, f"fast__{seed}")
+        assert checkpoint["global_step"] == 200
+        assert (checkpoint["args"]["tau"], checkpoint["args"]["seed"]) == (0.1, seed)
     for name in expected:
         assert re.search(rf"{name} +running", out) and re.search(rf"{name} +complete +step 200/200", out), out
         assert "step 200: eval return" in (tmp_path / "runs" / ".sweep" / f"{name}.log").read_text()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.chdir(tmp_path)
     module.main(tyro.cli(module.Args, args=line))
-    assert capsys.readouterr().out == "4 runs, 4 of them complete already\n"
+    assert capsys.readouterr().out == "2 runs, 2 of them complete already\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     line[line.index("fast: sac_continuous --tau 0.1")] = "fast: sac_continuous --tau 0.2"
     with pytest.raises(SystemExit) as stop:
