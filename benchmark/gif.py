@@ -32,7 +32,7 @@ class Args:
     """environment steps per frame"""
     milliseconds: int = 50
     """how long a frame is shown"""
-    size: tuple[int, int] = (240, 180)
+    size: tuple[int, int] = (240, 160)
     """width and height in pixels"""
     colors: int = 32
     """colours, the same in all frames"""
@@ -46,6 +46,8 @@ def play(args: Args) -> tuple[list[Image.Image], float]:
     script = importlib.import_module(script_of(saved["args"]))
     trained = script.Args(**saved["args"])
     env = script.make_env(trained.env_id, render=True)
+    if hasattr(env.unwrapped, "mujoco_renderer"):  # or its animals run out of the picture
+        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
     agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], trained, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
     torch.manual_seed(args.seed)
@@ -61,11 +63,11 @@ def play(args: Args) -> tuple[list[Image.Image], float]:
 
 
 def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of a picture in the proportions of `size`, shrunk to it."""
+    """The lower middle of a picture, where the animals are, in the proportions of `size`, shrunk to it."""
     width, height = image.size
     scale = min(width / size[0], height / size[1])
-    left, top = (width - scale * size[0]) / 2, (height - scale * size[1]) / 2
-    return image.crop((left, top, width - left, height - top)).resize(size, Image.Resampling.LANCZOS)
+    left = (width - scale * size[0]) / 2
+    return image.crop((left, height - scale * size[1], width - left, height)).resize(size, Image.Resampling.LANCZOS)
 
 
 def main(args: Args) -> None:
@@ -75,7 +77,7 @@ def main(args: Args) -> None:
     sheet = Image.new("RGB", (args.size[0], args.size[1] * len(frames)))  # one palette for all
     for i, frame in enumerate(frames):
         sheet.paste(frame, (0, i * args.size[1]))
-    palette = sheet.quantize(args.colors)
+    palette = sheet.quantize(args.colors, Image.Quantize.MAXCOVERAGE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     out = args.model.with_suffix(".gif")
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=args.milliseconds, loop=0, optimize=True)

@@ -54,7 +54,8 @@ def test_an_episode_that_ends_before_the_first_frame_is_refused(model):
         gif.main(gif.Args(model))
 
 
-def test_crop_keeps_the_middle_and_the_proportions():
+@pytest.mark.parametrize(("size", "part"), [((20, 20), np.s_[:, 50:150]), ((40, 10), np.s_[50:, :])])
+def test_crop_keeps_the_lower_middle_and_the_proportions(size, part):
     picture = np.zeros((100, 200, 3), np.uint8)
-    picture[:, 50:150] = 255  # a white square in the middle of a wide picture
-    assert (np.array(gif.crop(Image.fromarray(picture), (20, 20))) == 255).all()
+    picture[part] = 255  # what is to be kept is white
+    assert (np.array(gif.crop(Image.fromarray(picture), size)) == 255).all()

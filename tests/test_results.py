@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark/results"
-PAGES = [ROOT / "README.md", *sorted(RESULTS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmark/weights/README.md", *sorted(RESULTS.rglob("*.md"))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -49,9 +49,27 @@ def test_the_front_pages_snippets_play_an_episode_and_export_the_policy(script, 
     torch.save({"args": vars(args), "agent": module.Agent(4, 1, args, torch.device("cpu")).state_dict()}, "saved.pt")
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
-        exec(snippet.replace("smfp_continuous", script).replace("runs/<run>/checkpoint.pt", "saved.pt"), names)
+        exec(
+            snippet.replace("smfp_continuous", script).replace("benchmark/weights/smfp_halfcheetah.pt", "saved.pt"),
+            names,
+        )
     assert names["terminated"] and names["reward"] == 1  # the pole has fallen
     torch.manual_seed(0)
     expected = names["agent"].eval_actions(names["obs"][None])
     torch.manual_seed(0)
     torch.testing.assert_close(torch.export.load("policy.pt2").module()(names["obs"][None]), expected)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmark/weights").glob("*.pt")), ids=lambda path: path.name)
+def test_trained_weights_are_small_and_fit_their_script(file):
+    assert file.stat().st_size < 2e6
+    script = importlib.import_module(file.name.split("_")[0] + "_continuous")
+    saved, args = script.load_file(file, "the file")
+    env = script.make_env(args.env_id)
+    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    obs, total = script.reset(env, 0), 0.0
+    for _ in range(100):
+        obs, reward, _, _ = script.step(env, agent.eval_actions(torch.from_numpy(obs)[None])[0].numpy())
+        total += reward
+    assert total > 200  # it runs: random actions are at about -30 by then

@@ -76,7 +76,17 @@ def test_smoke_save_and_evaluate(script, tmp_path):
 
 @pytest.mark.parametrize("script", MODULES)
 def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path, monkeypatch):
-    flags = ["--env-id", "Pendulum-v1", *SHORT, "--learning-starts", 150, "--total-timesteps", 200, "--eval-episodes", 2]
+    flags = [
+        "--env-id",
+        "Pendulum-v1",
+        *SHORT,
+        "--learning-starts",
+        150,
+        "--total-timesteps",
+        200,
+        "--eval-episodes",
+        2,
+    ]
     if script == "mfpo_continuous":
         flags += ["--policy-proposals", 2, "--gaussian-proposals", 2, "--batch-size", 8, "--learning-starts", 180]
     series = []
