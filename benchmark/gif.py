@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import mujoco
 import torch
 import tyro
 from PIL import Image
@@ -46,8 +47,11 @@ def play(args: Args) -> tuple[list[Image.Image], float]:
     script = importlib.import_module(script_of(saved["args"]))
     trained = script.Args(**saved["args"])
     env = script.make_env(trained.env_id, render=True)
-    if hasattr(env.unwrapped, "mujoco_renderer"):  # or its animals run out of the picture
-        env.unwrapped.mujoco_renderer.camera_id = env.unwrapped.model.camera("track").id
+    if hasattr(
+        env.unwrapped, "mujoco_renderer"
+    ):  # or its animals run out of the picture; -1 where it has no such camera
+        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        env.unwrapped.mujoco_renderer.camera_id = camera
     agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], trained, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
     torch.manual_seed(args.seed)
