@@ -45,14 +45,15 @@ class Args:
     """draw the picture too"""
 
 
-def load_agent(run: Path):
-    """The agent in a run's last checkpoint, with the arguments it was trained under."""
-    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+def load_agent(path: Path):
+    """The agent in a checkpoint.pt or model.pt: its script's module, itself, its arguments, all that was saved."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(script_of(saved["args"]))
     args = script.Args(**saved["args"])
-    agent = script.Agent(1, 2, args, torch.device("cpu"))
+    env = script.make_env(args.env_id)
+    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
-    return agent, args, saved["num_updates"]
+    return script, agent, args, saved
 
 
 def shares(actions: torch.Tensor, cells: int = CELLS) -> np.ndarray:
@@ -111,11 +112,11 @@ def main(args: Args) -> None:
         return print_means(read_rows(args.runs[0]))
     rows, pictures, tasks = [], [], set()
     for run in args.runs:
-        agent, trained, updates = load_agent(run)
+        _, agent, trained, saved = load_agent(run / "checkpoint.pt")
         tasks.add(trained.env_id)
         goals = TASKS[trained.env_id]
         optimal = boltzmann(agent.log_alpha.exp().item(), goals, CELLS)
-        row = {"run": run.name, "variant": trained.exp_name, "seed": trained.seed, "updates": updates}
+        row = {"run": run.name, "variant": trained.exp_name, "seed": trained.seed, "updates": saved["num_updates"]}
         row |= figures(histogram(agent, args.samples, CELLS), optimal, goals)
         torch.manual_seed(0)
         row |= {name.split("/")[1]: value for name, value in agent.diagnostics(torch.zeros(2000, 1)).items()}

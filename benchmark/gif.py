@@ -6,19 +6,19 @@ Plays one episode as in an evaluation, prints its return and writes <model>.gif.
 libosmesa6` and MUJOCO_GL=osmesa will do. Needs `pip install -r requirements-dev.txt`.
 """
 
-import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import gymnasium as gym
 import mujoco
 import torch
 import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmark.report import script_of
+from benchmark.density import load_agent
 
 
 @dataclass
@@ -41,29 +41,32 @@ class Args:
     """seed of the episode"""
 
 
+class Film(gym.Wrapper):
+    """Keeps the pictures of the steps that `args` name."""
+
+    def __init__(self, env: gym.Env, args: Args):
+        super().__init__(env)
+        self.size, self.shown = args.size, range(args.start, args.start + args.frames * args.every, args.every)
+        self.steps, self.frames = 0, []
+        # Gymnasium's cameras stand still, and animals run out of the picture. -1 is one, for tasks without this one.
+        if hasattr(env.unwrapped, "mujoco_renderer"):
+            camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+            env.unwrapped.mujoco_renderer.camera_id = camera
+
+    def step(self, action):
+        if self.steps in self.shown:
+            self.frames.append(crop(Image.fromarray(self.render()), self.size))
+        self.steps += 1
+        return super().step(action)
+
+
 def play(args: Args) -> tuple[list[Image.Image], float]:
     """The frames, and the return of the whole episode."""
-    saved = torch.load(args.model, map_location="cpu", weights_only=True)
-    script = importlib.import_module(script_of(saved["args"]))
-    trained = script.Args(**saved["args"])
-    env = script.make_env(trained.env_id, render=True)
-    if hasattr(
-        env.unwrapped, "mujoco_renderer"
-    ):  # or its animals run out of the picture; -1 where it has no such camera
-        camera = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-        env.unwrapped.mujoco_renderer.camera_id = camera
-    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], trained, torch.device("cpu"))
-    agent.load_state_dict(saved["agent"])
-    torch.manual_seed(args.seed)
-    obs, step, total, ended, frames = script.reset(env, args.seed), 0, 0.0, False, []
-    while not ended:
-        if 0 <= step - args.start < args.frames * args.every and (step - args.start) % args.every == 0:
-            frames.append(crop(Image.fromarray(env.render()), args.size))
-        obs, reward, terminated, truncated = script.step(
-            env, agent.eval_actions(torch.from_numpy(obs)[None])[0].numpy()
-        )
-        step, total, ended = step + 1, total + reward, terminated or truncated
-    return frames, total
+    script, agent, trained, _ = load_agent(args.model)
+    film = Film(script.make_env(trained.env_id, render=True), args)
+    device = torch.device("cpu")
+    (total,) = script.evaluate(agent.eval_actions, [film], args.seed, device, trained.eval_max_steps)
+    return film.frames, total
 
 
 def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -30,7 +30,7 @@ class Painted(gym.Wrapper):
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     make_env = smfp_continuous.make_env
-    monkeypatch.setattr(smfp_continuous, "make_env", lambda env_id, render: Painted(make_env(env_id)))
+    monkeypatch.setattr(smfp_continuous, "make_env", lambda env_id, render=False: Painted(make_env(env_id)))
     args = smfp_continuous.Args(env_id="InvertedPendulum-v4", eval_candidates=1)
     agent = smfp_continuous.Agent(4, 1, args, torch.device("cpu"))
     torch.save({"args": vars(args), "agent": agent.state_dict()}, tmp_path / "model.pt")
