@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import multiprocessing
 import os
 import pty
 import random
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ import torch
 
 import sac_continuous as sac
 from tests.faulty import BOXES, FAULTS, NOT_FINITE, Single
-from tests.test_skeleton import ROOT, SCRIPTS, command_line, scalars
+from tests.program import ROOT, SCRIPTS, Program, run_program
+from tests.test_skeleton import scalars
 
 SMALL = "--batch-size 8 --learning-starts 40 --log-frequency 7 --eval-frequency 110 --eval-episodes 1"
 SMALL_MFPO = "--policy-proposals 2 --gaussian-proposals 2"
@@ -42,22 +43,6 @@ def flags(script="sac_continuous", env_id="Walk-v0", steps=400, every=40, *more)
 def warnings_are_said_again():
     for script in SCRIPTS:
         importlib.import_module(script).warn.cache_clear()
-
-
-def run_here(script, folder, line):
-    """Train in this process, in `folder`."""
-    module = importlib.import_module(script)
-    os.chdir(folder)
-    module.train(module.parse_args(line))
-
-
-def start(script, folder, line):
-    """Train in a process that another one, with everything already imported, forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faulty", *SCRIPTS])
-    process = context.Process(target=run_here, args=(script, str(folder), line))
-    process.start()
-    return process
 
 
 def only_run(folder):
@@ -102,12 +87,13 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, k
     line = [*flags(script, steps=60 * kills, every=20), "--utd-ratio", "0.25"]
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir(), disturbed.mkdir()
-    process = start(script, undisturbed, line)
+    process = Program(script, undisturbed, *line)
     random.seed(script)
     in_writing = 0
     for kill in range(kills):
         resumed = (disturbed / "runs").exists()
-        victim = start(script, disturbed, ["--resume", f"runs/{only_run(disturbed).name}"] if resumed else line)
+        again = ["--resume", f"runs/{only_run(disturbed).name}"] if resumed else line
+        victim = Program(script, disturbed, *again)
         while not any((disturbed / "runs").glob("*")):
             time.sleep(0.001)
         whole, partial = only_run(disturbed) / "checkpoint.pt", only_run(disturbed) / "checkpoint.tmp"
@@ -125,7 +111,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, k
         victim.join()
         assert victim.exitcode == -signal.SIGKILL
     assert in_writing >= kills // 4
-    last = start(script, disturbed, ["--resume", f"runs/{only_run(disturbed).name}"])
+    last = Program(script, disturbed, "--resume", f"runs/{only_run(disturbed).name}")
     last.join()
     process.join()
     assert last.exitcode == process.exitcode == 0
@@ -135,13 +121,11 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, k
 # Stops
 
 
-def stalled(folder, *line, **options):
+def stalled(folder, *line, before=None):
     """A run that has come to the stall of its environment."""
-    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags("sac_continuous", *line)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen(line, cwd=folder, text=True, **streams | options)
+    running = Program("sac_continuous", folder, *flags("sac_continuous", *line), before=before)
     while running.stdout.readline().strip() != "stalling":
-        assert running.poll() is None
+        assert running.is_alive()
     return running
 
 
@@ -152,7 +136,7 @@ def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(numbe
     running = stalled(folder, "Stall-v0")
     running.send_signal(number)
     out, err = running.communicate()
-    assert running.returncode == 128 + number and "Traceback" not in err
+    assert running.exitcode == 128 + number and "Traceback" not in err
     said, again = out.splitlines()[-1].split("; from step 130: ")
     assert said == "stopped at step 130"
     if number == signal.SIGINT:
@@ -164,17 +148,17 @@ def test_a_signal_during_a_stall_leaves_a_checkpoint_and_says_how_to_go_on(numbe
 
 
 def test_nohup_lets_a_run_go_on_when_its_terminal_is_closed(tmp_path):
-    running = stalled(tmp_path, "Stall-v0", 200, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    running = stalled(tmp_path, "Stall-v0", 200, before=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
     running.send_signal(signal.SIGHUP)
     out, _ = running.communicate()
-    assert running.returncode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
+    assert running.exitcode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
 
 
 def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path):
     running = stalled(tmp_path, "StallInEvaluation-v0")
     running.terminate()
     out, _ = running.communicate()
-    assert running.returncode == 143 and "stopped at step 220; from step 220: python" in out
+    assert running.exitcode == 143 and "stopped at step 220; from step 220: python" in out
     assert "the evaluation was stopped and has no score" in out
     assert checkpoint(tmp_path)["global_step"] == 220
 
@@ -183,7 +167,7 @@ def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path):
     running = stalled(tmp_path, "StallInEvaluation-v0", 220, 40, "--save-model")
     running.terminate()
     out, _ = running.communicate()
-    assert running.returncode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
+    assert running.exitcode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
     assert (only_run(tmp_path) / "model.pt").exists()
 
 
@@ -193,15 +177,16 @@ def test_a_second_signal_stops_at_once(second, tmp_path):
     before = time.time()
     running.send_signal(signal.SIGINT)
     while "once more" not in running.stdout.readline():
-        assert running.poll() is None
+        assert running.is_alive()
     running.send_signal(second)
-    assert running.wait() == 128 + second and time.time() - before < 3  # the stall takes 4
+    running.join()
+    assert running.exitcode == 128 + second and time.time() - before < 3  # the stall takes 4
     assert checkpoint(tmp_path)["global_step"] == 120
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):
     running = stalled(tmp_path, "Stall-v0")
-    second = command_line("sac_continuous", tmp_path, "--resume", f"runs/{only_run(tmp_path).name}")
+    second = run_program("sac_continuous", tmp_path, "--resume", f"runs/{only_run(tmp_path).name}")
     running.kill()
     running.communicate()
     assert second.returncode == 2 and second.stderr.count("\n") == 1, second.stderr
@@ -242,7 +227,7 @@ def test_an_exception_is_passed_on_after_a_checkpoint_of_the_last_whole_step(fau
 
 
 def test_an_exception_is_shown_with_its_traceback_and_below_it_how_to_go_on(tmp_path):
-    done = command_line("sac_continuous", tmp_path, *flags(env_id="RaiseInStep-v0"))
+    done = run_program("sac_continuous", tmp_path, *flags(env_id="RaiseInStep-v0"))
     assert done.returncode == 1 and "Traceback (most recent call last)" in done.stderr
     assert 'raise RuntimeError("the simulator lost its mind' in done.stderr  # the line of the environment
     assert done.stderr.splitlines()[-1].startswith("after step 129 (seed 1); from step 129: python ")
@@ -333,7 +318,7 @@ def test_an_environment_that_can_be_made_once_is_trained_on_without_evaluation_a
 
 
 def test_an_exception_where_an_environment_is_made_is_shown_before_anything_is_written(tmp_path):
-    done = command_line("sac_continuous", tmp_path, *flags(env_id="Broken-v0"))
+    done = run_program("sac_continuous", tmp_path, *flags(env_id="Broken-v0"))
     assert done.returncode == 1 and list(tmp_path.iterdir()) == []
     assert "in broken" in done.stderr and "AttributeError: the simulator has changed" in done.stderr
 
@@ -373,16 +358,13 @@ def test_a_checkpoint_waits_for_the_end_of_all_episodes_but_not_for_ever(tmp_pat
 def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     """A limit on the size of files stands for the disk: the buffer's growth passes it, and TensorBoard's file too."""
     line = flags("sac_continuous", "Walk-v0", 400, 20)
-    free = command_line("sac_continuous", tmp_path, *line[:2], "--total-timesteps", "60", *line[4:])
+    free = run_program("sac_continuous", tmp_path, *line[:2], "--total-timesteps", "60", *line[4:])
     assert free.returncode == 0
     size = (only_run(tmp_path) / "checkpoint.pt").stat().st_size
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8_000, size + 8_000))
-
     (tmp_path / "full").mkdir()
-    line = [sys.executable, str(ROOT / "sac_continuous.py"), *line]
-    done = subprocess.run(line, cwd=tmp_path / "full", preexec_fn=limit, capture_output=True, text=True)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size + 8_000, size + 8_000))
+    done = run_program("sac_continuous", tmp_path / "full", *line, before=limit)
     run = only_run(tmp_path / "full")
     assert done.returncode == 0, done.stderr
     assert f"warning: runs/{run.name}/checkpoint.pt was not written" in done.stdout
@@ -709,8 +691,12 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_compiler_a_run_cannot_be_compiled(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    done = command_line("mfpo_continuous", tmp_path, "--compile", "--env-id", "Pendulum-v1")
+def name_no_compiler():
+    os.environ["CXX"] = "no-such-compiler"
+
+
+def test_without_a_compiler_a_run_cannot_be_compiled(tmp_path):
+    line = ["--compile", "--env-id", "Pendulum-v1"]
+    done = run_program("mfpo_continuous", tmp_path, *line, before=name_no_compiler)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
     assert "--compile needs a working C++ compiler" in done.stderr

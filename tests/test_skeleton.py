@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -20,17 +20,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_continuous
+from tests.program import ROOT, SCRIPTS, context, run_program
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ["sac_continuous", "mfpo_continuous", "smfp_continuous"]
 MODULES = {name: importlib.import_module(name) for name in SCRIPTS}
 SHORT = ["--total-timesteps", "300", "--learning-starts", "200", "--batch-size", "32", "--log-frequency", "50"]
-
-
-def command_line(script, cwd, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
 
 
 def scalars(folder):
@@ -46,7 +39,8 @@ def test_smoke_save_and_evaluate(script, tmp_path):
     flags += ["--diagnostics-frequency", 150]
     if script == "mfpo_continuous":
         flags += ["--policy-proposals", 4, "--gaussian-proposals", 4, "--batch-size", 8]
-    done = command_line(script, tmp_path, *flags)
+    line = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)  # the real thing
     assert done.returncode == 0, done.stderr
     assert "is out of date" not in done.stderr  # papers report v4
     (run,) = (tmp_path / "runs").iterdir()
@@ -66,7 +60,7 @@ def test_smoke_save_and_evaluate(script, tmp_path):
     assert all(np.isfinite(value) for series in logged.values() for _, value in series)
     assert [step for step, _ in logged["losses/actor_loss"]] == [250, 300]
     assert [step for step, _ in logged["eval/episodic_return"]] == [150, 300]
-    loaded = command_line(script, tmp_path, "--evaluate", run / "model.pt", "--eval-episodes", 2)
+    loaded = run_program(script, tmp_path, "--evaluate", run / "model.pt", "--eval-episodes", 2)
     assert loaded.returncode == 0, loaded.stderr
     lines = loaded.stdout.splitlines()
     for line, name in zip(lines, ("evaluation", "exploring policy"), strict=True):
@@ -76,17 +70,8 @@ def test_smoke_save_and_evaluate(script, tmp_path):
 
 @pytest.mark.parametrize("script", MODULES)
 def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_path, monkeypatch):
-    flags = [
-        "--env-id",
-        "Pendulum-v1",
-        *SHORT,
-        "--learning-starts",
-        150,
-        "--total-timesteps",
-        200,
-        "--eval-episodes",
-        2,
-    ]
+    flags = ["--env-id", "tests.faulty:Walk-v0", *SHORT, "--learning-starts", 150, "--total-timesteps", 200]
+    flags += ["--eval-episodes", 2]
     if script == "mfpo_continuous":
         flags += ["--policy-proposals", 2, "--gaussian-proposals", 2, "--batch-size", 8, "--learning-starts", 180]
     series = []
@@ -95,7 +80,7 @@ def test_same_seed_gives_the_same_run_with_and_without_evaluation(script, tmp_pa
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         if name == "elsewhere":
-            done = command_line(script, tmp_path / name, *line)
+            done = run_program(script, tmp_path / name, *line)
             assert done.returncode == 0, done.stderr
         else:
             MODULES[script].train(MODULES[script].parse_args(line))
@@ -288,17 +273,18 @@ def test_freed_memory_is_kept():
     assert kept < 100 < 10_000 < again
 
 
-DENORMALS = """
-import sac_continuous, torch
-torch.set_num_threads(2)
-{} and sac_continuous.set_up_torch(sac_continuous.Args())
-weights = torch.nn.Parameter(torch.ones(2**16))
-optimizer = torch.optim.Adam([weights], fused=True)
-for gradient in [1.0] + 1000 * [0.0]:
-    weights.grad = torch.full_like(weights, gradient)
-    optimizer.step()
-print(optimizer.state[weights]["exp_avg"].count_nonzero().item())
-"""
+def nonzero_averages(flush):
+    """How many of Adam's averages are left after 1,000 gradients of 0, in a process of two threads."""
+    torch.set_flush_denormal(False)  # as at the start of a process; to import this file sets it
+    torch.set_num_threads(2)
+    if flush:
+        sac_continuous.set_up_torch(sac_continuous.Args(threads=2))
+    weights = torch.nn.Parameter(torch.ones(2**16))
+    optimizer = torch.optim.Adam([weights], fused=True)
+    for gradient in [1.0] + 1000 * [0.0]:
+        weights.grad = torch.full_like(weights, gradient)
+        optimizer.step()
+    return optimizer.state[weights]["exp_avg"].count_nonzero().item()
 
 
 @pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this processor cannot")
@@ -307,10 +293,8 @@ def test_denormals_are_flushed_in_every_thread():
 
     Without, they stay at a denormal, for 0.9 times a small one rounds to itself. Two threads share the work.
     """
-    kept, flushed = (
-        int(subprocess.check_output([sys.executable, "-c", DENORMALS.format(flush)], cwd=ROOT))
-        for flush in (False, True)
-    )
+    with ProcessPoolExecutor(mp_context=context, max_tasks_per_child=1) as pool:
+        kept, flushed = pool.map(nonzero_averages, (False, True))
     assert flushed == 0 < kept == 2**16
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 
-from tests.test_skeleton import ROOT
+from tests.program import ROOT
 
 ray = pytest.importorskip("ray")
 module = importlib.import_module("benchmark.sweep")  # which needs Ray
@@ -74,44 +74,38 @@ def wait_for_checkpoint(folder, process, name=r"\w+", but=()):
         time.sleep(0.01)
 
 
-def test_every_run_is_made_once(tmp_path, monkeypatch, capsys):
-    line = words(["fast: sac_continuous --tau 0.1"], [1, 2], 200)
-    code, out = sweep(tmp_path, line)
-    assert code == 0 and "2 of 2 runs are complete" in out, out
-    expected = [f"tests.faulty-Walk-v0__fast__{seed}" for seed in (1, 2)]
+def test_every_run_is_made_once_and_one_that_is_killed_is_resumed(tmp_path, monkeypatch, capsys):
+    """It ends as the run that was not killed; the same command then finds nothing to do."""
+    line = words(["killed: sac_continuous --tau 0.1", "undisturbed: sac_continuous --tau 0.1"], [1], 600)
+    process = start(tmp_path, line)
+    os.kill(wait_for_checkpoint(tmp_path, process, "killed")[1], signal.SIGKILL)
+    out, _ = process.communicate()
+    assert process.returncode == 0 and "2 of 2 runs are complete" in out, out
+    expected = [f"tests.faulty-Walk-v0__{name}__1" for name in ("killed", "undisturbed")]
     assert names(tmp_path) == expected
-    for seed in (1, 2):
-        checkpoint = saved(tmp_path, f"fast__{seed}")
-        assert checkpoint["global_step"] == 200
-        assert (checkpoint["args"]["tau"], checkpoint["args"]["seed"]) == (0.1, seed)
-    for name in expected:
-        assert re.search(rf"{name} +running", out) and re.search(rf"{name} +complete +step 200/200", out), out
-        assert "step 200: eval return" in (tmp_path / "runs" / ".sweep" / f"{name}.log").read_text()
+    logs = [(tmp_path / "runs" / ".sweep" / f"{name}.log").read_text() for name in expected]
+    for name, log in zip(expected, logs, strict=True):
+        assert re.search(rf"{name} +running", out) and re.search(rf"{name} +complete +step 600/600", out), out
+        assert "step 600: eval return" in log
+    first, second = re.findall(r"^\$ .*", logs[0], re.MULTILINE)
+    assert "--resume" not in first and "--resume" in second and logs[1].count("$ ") == 1
+    killed, undisturbed = saved(tmp_path, "killed__1"), saved(tmp_path, "undisturbed__1")
+    for checkpoint in (killed, undisturbed):
+        assert checkpoint["global_step"] == 600
+        assert (checkpoint["args"]["tau"], checkpoint["args"]["seed"]) == (0.1, 1)
+    for key, value in undisturbed["agent"].items():
+        assert torch.equal(killed["agent"][key], value), key
+
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.chdir(tmp_path)
     module.main(tyro.cli(module.Args, args=line))
     assert capsys.readouterr().out == "2 runs, 2 of them complete already\n"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    line[line.index("fast: sac_continuous --tau 0.1")] = "fast: sac_continuous --tau 0.2"
+    line[line.index("killed: sac_continuous --tau 0.1")] = "killed: sac_continuous --tau 0.2"
     with pytest.raises(SystemExit) as stop:
         module.main(tyro.cli(module.Args, args=line))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "has tau 0.1, not 0.2" in error and error.count("\n") == 1
-
-
-def test_a_run_that_is_killed_is_resumed_and_is_the_run_that_was_not_killed(tmp_path):
-    process = start(tmp_path, words(["killed: sac_continuous", "undisturbed: sac_continuous"], [1], 600))
-    os.kill(wait_for_checkpoint(tmp_path, process, "killed")[1], signal.SIGKILL)
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
-    log = (tmp_path / "runs" / ".sweep" / "tests.faulty-Walk-v0__killed__1.log").read_text()
-    first, second = re.findall(r"^\$ .*", log, re.MULTILINE)
-    assert "--resume" not in first and "--resume" in second
-    assert names(tmp_path) == [f"tests.faulty-Walk-v0__{name}__1" for name in ("killed", "undisturbed")]
-    killed, undisturbed = saved(tmp_path, "killed__1"), saved(tmp_path, "undisturbed__1")
-    assert killed["global_step"] == undisturbed["global_step"] == 600
-    for key, value in undisturbed["agent"].items():
-        assert torch.equal(killed["agent"][key], value), key
 
 
 def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
