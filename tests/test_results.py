@@ -41,6 +41,27 @@ def test_every_file_is_named_on_its_folders_page(folder):
     assert not list(folder.glob("*.svg"))  # pictures are PNGs
 
 
+def test_the_front_pages_table_is_that_of_the_results():
+    pytest.importorskip("rliable")
+    front_page = importlib.import_module("benchmark.front_page")
+    table = front_page.table(front_page.read_curves(), front_page.read_published())
+    assert table == (RESULTS / "learning_curves/front_page.md").read_text()
+    assert table in (ROOT / "README.md").read_text()
+    (row,) = (line for line in table.splitlines() if line.startswith("| HalfCheetah-v4"))
+    assert row.startswith("| HalfCheetah-v4 | 7,719 |")  # as in mfpo_100k.md
+    seeds = {1: {100_000: 1000.4}, 2: {100_000: 2001.0, 50_000: 7.0}, 3: {50_000: 1.0}}
+    assert front_page.cell(seeds) == "1,501 (2 seeds)" and front_page.cell({3: seeds[3]}) == ""
+    steps, values = front_page.average({1: {10: 1.0, 20: 2.0, 30: 3.0}, 2: {30: 7.0, 20: 6.0}})
+    assert steps == [20, 30] and values.tolist() == [[2.0, 3.0], [6.0, 7.0]]
+
+
+def test_the_front_page_counts_the_lines_of_the_scripts():
+    found = re.findall(r"^\| `(\w+\.py)` .*? ([\d,]+) \| [\d,]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(found) == 3
+    for file, lines in found:
+        assert int(lines.replace(",", "")) == len((ROOT / file).read_text().splitlines()), file
+
+
 @pytest.mark.parametrize("script", ["sac_continuous", "smfp_continuous", "mfpo_continuous"])
 def test_the_front_pages_snippets_play_an_episode_and_export_the_policy(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

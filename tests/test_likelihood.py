@@ -1,0 +1,60 @@
+"""benchmark/likelihood_lag.py against the same by hand, with the Jacobian by reverse mode."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("rliable")
+import mfpo_continuous as mfpo
+from benchmark import likelihood_lag as lag
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    args = mfpo.Args(
+        env_id="tests.faulty:Walk-v0", policy_proposals=2, gaussian_proposals=2, batch_size=8, policy_batch_size=4
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        mfpo.train(dataclasses.replace(args, total_timesteps=25, learning_starts=20, eval_frequency=0))
+    return next((folder / "runs").iterdir())
+
+
+def test_bias_and_error_of_one_update(run):
+    found = lag.go_on(run, lag.Variant({"likelihood": "map"}, 2, 6, 3), lag.Args([run], updates=1, burn_in=0, seed=5))
+    saved, args = mfpo.load_file(run / "checkpoint.pt", "run")
+    cpu = torch.device("cpu")
+    torch.manual_seed(5)
+    agent = mfpo.Agent(3, 3, dataclasses.replace(args, likelihood="map"), cpu)
+    agent.load_state_dict(saved["agent"])
+    for name, optimizer in mfpo.optimizers(agent).items():
+        optimizer.load_state_dict(saved["optimizers"][name])
+    agent.divergence_optimizer.param_groups[0]["lr"] = 9e-4
+    buffer = mfpo.ReplayBuffer(1000, 1, 3, 3, cpu)
+    buffer.load_state_dict(saved["buffer"])
+    agent.update(*buffer.sample(8))
+    agent.update_divergence(buffer.sample(6)[0], None)
+    torch.manual_seed(0)
+    obs, errors = buffer.sample(64)[0], []
+    for s, noise in zip(obs, torch.randn(64, 3), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda x, s=s: agent.sampler(s, x)[0], noise)
+        exact = torch.distributions.Normal(0, 1).log_prob(noise).sum() - jacobian.det().abs().log()
+        errors.append(mfpo.flow_log_prob(agent.divergence, s, agent.sampler(s, noise)[1]) - exact)
+    errors = torch.stack(errors)
+    assert found["bias"] == pytest.approx(errors.mean().item(), abs=1e-4)
+    assert found["error"] == pytest.approx(errors.abs().mean().item(), abs=1e-4)
+    assert found["alpha"] == pytest.approx(agent.log_alpha.exp().item()) and found["ms"] > 0
+
+
+def test_without_a_learning_rate_the_network_stays_as_it_was(run, monkeypatch, capsys):
+    kept, real = [], mfpo.flow_log_prob
+    monkeypatch.setattr(mfpo, "flow_log_prob", lambda delta, *rest: kept.append(delta) or real(delta, *rest))
+    lag.go_on(run, lag.VARIANTS["none at all"], lag.Args([run], updates=11, burn_in=0))
+    saved = mfpo.load_file(run / "checkpoint.pt", "run")[0]["agent"]
+    for name, value in kept[-1].state_dict().items():
+        assert torch.equal(value, saved[f"divergence.{name}"])
+    with pytest.raises(SystemExit):
+        lag.main(lag.Args([run], variants=("mop",)))
+    assert "--variants has mop; there are none at all" in capsys.readouterr().err
