@@ -33,10 +33,12 @@ learned temperature; K_b and K_t are 1 by default.
               CrossQ, and its slow copy in SAC
     alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
 
-In TensorBoard: eval/episodic_return is the score. diagnostics/latent_spread well below diagnostics/sigma: the policy is
-nearly a Gaussian (the reverse does not hold: a new policy has m = e, and one mode). The entropy bound is loose by at
-least diagnostics/entropy_gap. losses/actor_loss is the first of the actor's three terms. losses/kl is how far the
-policy is from its slow copy, diagnostics/kl_of_update how far one update moves it (both the bound above).
+In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
+    diagnostics/latent_spread    well below diagnostics/sigma the policy is nearly a Gaussian; a new one has m = e
+    diagnostics/entropy_gap      the entropy bound is loose by at least this
+    losses/actor_loss            the first of the actor's three terms
+    losses/kl                    how far the policy is from its slow copy (the bound above)
+    diagnostics/kl_of_update     how far one update moves it (the same bound)
 """
 
 import copy
@@ -55,8 +57,8 @@ import warnings
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, make_dataclass
-from functools import cache
+from dataclasses import dataclass, fields, make_dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -97,9 +99,9 @@ class OutputArgs:
     eval_episodes: int = 10  # episodes per evaluation, run as one batch
     eval_max_steps: int = 10_000  # steps after which an evaluation episode that has not ended is cut
     capture_video: bool = False  # record an episode of each evaluated policy (needs `pip install moviepy`)
-    evaluate: str | None = None  # play episodes with this model.pt or checkpoint.pt, print their return, and stop
+    evaluate: str | None = None  # play with this model.pt or checkpoint.pt, its flags where none are given; then stop
     save_model: bool = False  # write the trained weights to runs/<run>/model.pt at the end
-    # steps of each environment between two checkpoints, which begin new episodes; 0: only when the run stops
+    # steps of each environment (not their sum) between checkpoints, which begin new episodes; 0: when the run stops
     checkpoint_frequency: int = 10_000
     resume: str | None = None  # continue the run in this folder; flags that are not given keep the values of that run
 
@@ -146,8 +148,8 @@ class Args(AblationArgs, MethodArgs, TrainingArgs, OutputArgs, RunArgs):
 class BatchRenorm(nn.Module):
     """Batch renormalisation of the last axis, with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
 
-    Training, on (B, features), normalises by the batch; after `warmup` batches r and d, within r_max and d_max, undo
-    its difference from the running statistics. Evaluation uses the running statistics.
+    Training, on (B, features), normalises by the batch. After `warmup` batches r and d, bounded by r_max and d_max,
+    correct that towards the running statistics. Evaluation uses the running statistics.
     """
 
     momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
@@ -283,13 +285,13 @@ def mirror_descent_weights(q: torch.Tensor, log_prob_k: torch.Tensor, alpha, kl_
 
 def resample(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """One of y (B, P, d) for each row, drawn by weights (B, P) that sum to 1; returns (B, d)."""
-    # The winner of an exponential race, as torch.multinomial draws it, but without its look at the host.
+    # The winner of an exponential race. torch.multinomial draws it so too, but waits for the GPU.
     chosen = (weights / torch.empty_like(weights).exponential_()).argmax(-1)
     return y.take_along_dim(chosen[:, None, None], 1)[:, 0]
 
 
 def soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, gamma) -> torch.Tensor:
-    """r + gamma (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), all of shape (B,) (SAC 2018b, equation 6)."""
+    """r + gamma (1 - terminated) (Q'(s', a') - alpha log pi(a'|s')), all of shape (B,) (arXiv 1812.05905, eq. 6)."""
     return rewards + gamma * (1 - terminations) * (next_q - alpha * next_log_prob)
 
 
@@ -322,22 +324,18 @@ class Agent(nn.Module):
         self.policy = Policy(obs_dim, action_dim)
         self.slow_policy = copy.deepcopy(self.policy)
         self.qf1, self.qf2 = (SoftQNetwork(obs_dim, action_dim, args.critic_width, self.crossq) for _ in range(2))
-        # CrossQ has no target networks: there the critics are their own.
+        # CrossQ has no target networks: its critics are their own targets.
         self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -float(action_dim)
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
-        beta_1 = 0.5 if self.crossq else 0.9
-        self.q_optimizer, self.policy_optimizer, self.alpha_optimizer = (
-            torch.optim.Adam(parameters, lr=lr, betas=(beta, 0.999), fused=True, capturable=True)
-            for parameters, lr, beta in (
-                (self.q_parameters, args.q_lr, beta_1),
-                (self.policy.parameters(), args.policy_lr, beta_1),
-                ([self.log_alpha], args.q_lr, 0.9),
-            )
-        )
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)
+        betas = (0.5 if self.crossq else 0.9, 0.999)
+        self.q_optimizer = adam(self.q_parameters, lr=args.q_lr, betas=betas)
+        self.policy_optimizer = adam(self.policy.parameters(), lr=args.policy_lr, betas=betas)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.q_lr)
 
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
         """The smaller of the two critics, or of their target networks."""
@@ -390,6 +388,7 @@ class Agent(nn.Module):
             y, mean, log_std = self.sample_y(self.policy, next_obs, e)
             y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
             next_actions = torch.tanh(y[:, 0])
+            # The density of the policy, also where a' is the best of K_t.
             next_log_prob = policy_log_prob(y, mean, log_std)[:, 0]
         q1, q2, next_q = self.critic_values(obs, actions, next_obs, next_actions)
         target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, args.gamma)
@@ -409,15 +408,12 @@ class Agent(nn.Module):
         }
 
     def critic_values(self, obs, actions, next_obs, next_actions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Q_1(s, a), Q_2(s, a) and, without gradient, the smaller of Q'_1(s', a') and Q'_2(s', a'); each (B,).
-
-        CrossQ normalises both pairs by the statistics of the two together (arXiv 1902.05605).
-        """
-        if self.crossq:
-            self.qf1.train(), self.qf2.train()
+        """Q_1(s, a), Q_2(s, a) and, without gradient, the smaller of Q'_1(s', a') and Q'_2(s', a'); each (B,)."""
+        if self.crossq:  # which normalises both pairs by the statistics of the two together (arXiv 1902.05605)
+            self.train()
             both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
             (q1, next_q1), (q2, next_q2) = (qf(*both).chunk(2) for qf in (self.qf1, self.qf2))
-            self.qf1.eval(), self.qf2.eval()
+            self.eval()
             return q1, q2, torch.minimum(next_q1, next_q2).detach()
         with torch.no_grad():
             next_q = torch.minimum(self.qf1_target(next_obs, next_actions), self.qf2_target(next_obs, next_actions))
@@ -477,10 +473,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, float]:
-        """What is too costly for every update, at states (B, obs_dim).
+        """Measures that are too costly for every update, at states (B, obs_dim).
 
-        How much the entropy bound rises from M to 8 M latents (nats), and the standard deviation of the mean over the
-        latents: near 0 the policy is a Gaussian.
+        entropy_gap: how much the entropy bound rises from M to 8 M latents, in nats. latent_spread: the standard
+        deviation of the mean over the latents; near 0 the policy is a Gaussian.
         """
         e = torch.randn(len(obs), 8 * self.args.latents, self.action_dim, device=obs.device)
         sample = self.sample_y(self.policy, obs, e)  # y, mean and log sigma, each (B, 8 M, d)
@@ -494,11 +490,11 @@ class Agent(nn.Module):
 
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """Make one environment with vectors as observations and actions in [-1, 1]^d; `render`: one that can be recorded.
+    """An environment with vector observations and actions in [-1, 1]^d; exits with code 2 where there is none.
 
-    Exits with code 2 if the id is unknown or the spaces are not what a continuous-control algorithm can use.
+    With `render` it can be recorded.
     """
-    warnings.filterwarnings("ignore", ".*is out of date")  # of the v4 tasks, which papers report
+    warnings.filterwarnings("ignore", ".*is out of date")  # said of the v4 tasks, which papers report
     try:
         env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
     except (gym.error.Error, ImportError) as error:
@@ -538,7 +534,7 @@ def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, float, bool, boo
         raise FloatingPointError(f"the policy's action is {action.tolist()}")
     obs, reward, terminated, truncated, _ = env.step(action)
     reward = np.asarray(reward, np.float64).item()
-    if not abs(reward) < 3e38:  # float32's range; false for nan, too
+    if not abs(reward) < 3e38:  # nan, or outside float32's range
         raise FloatingPointError(f"the environment returned the reward {reward}")
     return own_copy(env, obs), reward, bool(terminated), bool(truncated)
 
@@ -549,14 +545,16 @@ def restart(envs: list[gym.Env], seed: int) -> np.ndarray:
     This is called at the start and at each checkpoint, by a run that goes on and by a run that is resumed. So the two
     are the same, whatever generators an environment keeps. On a CPU they agree bit for bit.
     """
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     for i, env in enumerate(envs):
-        env.action_space.seed(seed + i)
+        env.action_space.seed(derive_seed(seed, i))  # not the environment's own seed: equal seeds give equal noise
     return np.stack([reset(env, seed + i) for i, env in enumerate(envs)])
 
 
 class ReplayBuffer:
-    """The latest `size` transitions, in rings on `device`; a row has one transition of each environment."""
+    """The latest transitions, `size` in all, in rings on `device`; a row has one transition of each environment."""
 
     def __init__(self, size: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
         self.num_rows, self.num_envs = max(size // num_envs, 1), num_envs
@@ -573,16 +571,13 @@ class ReplayBuffer:
         self.filled.fill_(min(self.added, self.num_rows))
 
     def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """Draw transitions uniformly with replacement.
-
-        Returns obs (B, obs_dim), actions (B, d), rewards (B,), terminations (B,) in {0, 1}, next_obs (B, obs_dim).
-        """
+        """B uniform draws: obs (B, obs_dim), actions (B, d), rewards (B,), terminations (B,), next_obs (B, obs_dim)."""
         uniform = torch.rand(2, batch_size, dtype=torch.float64, device=self.filled.device)
         row, env = (uniform[0] * self.filled).long(), (uniform[1] * self.num_envs).long()
         return tuple(ring[row, env] for ring in self.rings.values())
 
     def state_dict(self) -> dict:
-        """The filled rows, not copied. NumPy makes the views: with one of PyTorch's own, the whole ring is saved."""
+        """The filled rows. NumPy makes them views (on a CPU): of PyTorch's own, torch.save writes the whole ring."""
         rows = min(self.added, self.num_rows)
         rings = {name: torch.from_numpy(ring[:rows].cpu().numpy()) for name, ring in self.rings.items()}
         return rings | {"added": self.added}
@@ -600,9 +595,8 @@ class ReplayBuffer:
 def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_steps: int, stop=lambda: False):
     """Play one episode in each environment, all as one batch; returns the undiscounted returns (len(envs),).
 
-    `act` maps observations (B, obs_dim) to actions (B, d), as `agent.eval_actions` and `agent.sample_actions` do. The
-    result depends on the weights and `seed` alone; torch's random state, which training draws from, is left as it was.
-    Episodes are cut after `max_steps`. Returns None if `stop()` becomes true before the end.
+    `act` maps observations (B, obs_dim) to actions (B, d). The result depends on the weights and `seed` alone, and
+    PyTorch's random state is left as it was. Episodes are cut after `max_steps`. Returns None once `stop()` is true.
     """
     with seeded(seed, device):
         obs = np.stack([reset(env, seed + i) for i, env in enumerate(envs)])
@@ -636,12 +630,9 @@ def train(args: Args) -> int:
     agent = Agent(obs_dim, action_dim, args, device)
     with refusing(f"--buffer-size {args.buffer_size} does not fit"):
         buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
-
-    def sample_and_update(with_policy: bool) -> dict[str, torch.Tensor]:
-        return agent.update(*buffer.sample(args.batch_size), with_policy)
-
     graphed = args.cuda_graph and device.type == "cuda"
-    learn, act, play = (CudaGraph(f, graphed) for f in (sample_and_update, agent.sample_actions, agent.eval_actions))
+    learn = CudaGraph(lambda with_policy: agent.update(*buffer.sample(args.batch_size), with_policy), graphed)
+    act, play = CudaGraph(agent.sample_actions, graphed), CudaGraph(agent.eval_actions, graphed)
     with Run(args, agent, buffer) as run:
         if args.capture_video:
             videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers: eval, odd: eval_exploring
@@ -656,9 +647,8 @@ def train(args: Args) -> int:
 
             # The update is launched before the environments step: on a GPU the two then overlap.
             while buffer.added and run.num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
-                with_policy = (run.num_updates + 1) % args.policy_frequency == 0
-                run.metrics |= learn(with_policy=with_policy)
                 run.num_updates += 1
+                run.metrics |= learn(with_policy=run.num_updates % args.policy_frequency == 0)
 
             steps = [step(env, action) for env, action in zip(envs, actions, strict=True)]
             next_obs, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
@@ -669,7 +659,7 @@ def train(args: Args) -> int:
                 run.log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
                 obs[i], returns[i], lengths[i] = reset(envs[i]), 0, 0
 
-            scalars = to_floats(run.metrics)  # in each step, to stop where a fault arises
+            scalars = to_floats(run.metrics)  # in each step, so that a run stops at the one that went wrong
             if scalars and run.due(args.log_frequency):
                 run.log(scalars | {"charts/SPS": run.steps_per_second()})
             if scalars and run.due(args.diagnostics_frequency):
@@ -679,12 +669,13 @@ def train(args: Args) -> int:
                 for tag, policy in (("eval", play), ("eval_exploring", act)):
                     seed = derive_seed(args.seed, global_step, 0)
                     scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
-                    if scores is not None:
-                        run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
-                        say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
+                    if scores is None:
+                        break
+                    run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
+                    say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
             if run.checkpoint_due(lengths.max()):
                 run.save()
-                if run.ending:
+                if run.complete or run.stop_requested():
                     break
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))
                 returns[:], lengths[:] = 0, 0
@@ -703,9 +694,14 @@ class Run:
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
         self.args, self.agent, self.buffer = args, agent, buffer
         self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
-        self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that stops the run
+        self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that has asked the run to stop
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.resume or f"runs/{name}")
+        if args.track:
+            place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
+            with refusing("--track: Weights and Biases cannot log the run"):
+                __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         if not args.resume:
             with refusing("the run's folder cannot be made"):
                 self.folder.mkdir(parents=True)
@@ -718,10 +714,6 @@ class Run:
         except SystemExit:
             os.close(self.lock)
             raise
-        if args.track:
-            place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
-            __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         if not args.resume:
             table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
@@ -731,7 +723,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it is ignored, and stays so
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
         say(f"Training on {self.agent.log_alpha.device}; the run's files are in {self.folder}")
         return self
@@ -780,13 +772,13 @@ class Run:
     def checkpoint_due(self, longest: int) -> bool:
         """Whether to write a checkpoint and begin new episodes; `longest` is the length of the longest one that runs.
 
-        A checkpoint waits for all episodes to end (`longest` is then 0), but at most as long again.
+        A checkpoint waits for a step after which none runs (`longest` is 0), but at most as long again.
         """
         since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
-        self.ending = self.stop_requested() or self.complete
         if 0 < 2 * every <= since == longest:
             warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
-        return self.ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
+        ending = self.complete or self.stop_requested()
+        return ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
 
     def save(self) -> None:
         """Write a checkpoint; if a weight is not finite, leave the last one and raise FloatingPointError."""
@@ -808,22 +800,25 @@ class Run:
         saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
         with refusing(f"--resume {self.folder} does not fit"):
             self.agent.load_state_dict(saved["agent"])
-            for name, optimizer in optimizers(self.agent).items():  # its learning rate is the flag's, not the saved one
-                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a copy: what is saved is a map of the file
+            if not self.args.autotune:  # the temperature is the flag's, as the learning rates are
+                self.agent.log_alpha.fill_(math.log(self.args.alpha))
+            for name, optimizer in optimizers(self.agent).items():
+                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a copy: `saved` is mapped to its file
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
             device = self.agent.log_alpha.device
             self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
             self.global_step = self.saved_step = saved["global_step"]
-        # Not the saved number: after a change of --utd-ratio, updates go on at the new rate from here.
+        # Not the saved number, so that after a change of --utd-ratio updates go on at the new rate from here.
         self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         if error and not isinstance(error, FloatingPointError) and self.global_step > (self.saved_step or 0):
-            with suppress(Exception):  # what is shown is the first error
+            with suppress(Exception):  # it must not hide the first error
                 self.save()
+        written, model = self.saved_step == self.global_step, self.folder / "model.pt"
         if self.complete and not error and self.args.save_model:
-            write_file(self.folder / "model.pt", lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
+            written &= write_file(model, lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
         with suppress(OSError):
             self.writer.close()
         os.close(self.lock)
@@ -834,8 +829,8 @@ class Run:
         if error:  # shown below the traceback
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
         elif self.complete:
-            self.exit_code = 0
-            say(f"Done; the run's files are in {self.folder}")
+            self.exit_code = 0 if written else 1
+            say(f"Done; the run's files are in {self.folder}" if written else f"the last files are missing; {how}")
         else:
             say(f"stopped at step {self.global_step}; {how}")
 
@@ -850,8 +845,8 @@ def write_file(path: Path, content) -> bool:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         return True
-    except (OSError, RuntimeError, MemoryError) as error:  # torch reports some of it as RuntimeError
-        say(f"warning: {path} was not written ({type(error).__name__}: {error}); an earlier one is as it was")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch.save has RuntimeErrors for a full disk
+        say(f"warning: {path} was not written ({type(error).__name__}: {error}); an earlier one is unchanged")
         with suppress(OSError):
             temporary.unlink()
         return False
@@ -873,11 +868,11 @@ def load_file(path: str | Path, flag: str) -> tuple[dict, Args]:
 
 def to_floats(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scalars on the host, by one transfer; raises FloatingPointError where one is not finite."""
-    values = torch.stack(list(scalars.values())).tolist() if scalars else []
-    for name, value in zip(scalars, values, strict=True):
+    floats = dict(zip(scalars, torch.stack([*scalars.values()]).tolist(), strict=True)) if scalars else {}
+    for name, value in floats.items():
         if not math.isfinite(value):
             raise FloatingPointError(f"{name} is {value}")
-    return dict(zip(scalars, values, strict=True))
+    return floats
 
 
 def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
@@ -901,11 +896,11 @@ def seeded(seed: int, device: torch.device):
 class CudaGraph:
     """Calls `function`; on a GPU, if `enabled`, by replaying a CUDA graph of it: one launch instead of hundreds.
 
-    There is a graph for each combination of flags and input shapes. A replay draws fresh random numbers and overwrites
-    what the one before returned: use or copy that first. What cannot be recorded runs on eagerly, with one warning.
+    There is a graph for each combination of flags and input shapes. A replay draws fresh random numbers. It overwrites
+    the outputs of the last one, so use or copy those first. What cannot be recorded runs eagerly, with one warning.
     """
 
-    warmup = 3  # calls that are not recorded: libraries allocate, optimisers make their state
+    warmup = 3  # calls before the recording, in which libraries allocate memory and optimisers create their state
 
     def __init__(self, function, enabled: bool):
         self.function, self.enabled, self.calls, self.graphs = function, enabled, Counter(), {}
@@ -944,7 +939,7 @@ def set_up_torch(args: Args) -> torch.device:
     torch.set_num_threads(min(args.threads, torch.get_num_threads()))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a kernel per tensor; nothing here reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel per tensor
     torch.set_flush_denormal(True)  # Adam's averages for dead ReLUs end as denormals, which are slow on many a CPU
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Adam's, outside a graph
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -967,9 +962,9 @@ LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "ch
 LIMITS["diagnostics_frequency"] = (0, 1e30)
 LIMITS |= {name: (0, 1e30) for name in ("kl_coef", "meanflow_coef")}
 LIMITS |= {"policy_tau": (1e-30, 1), "data_proportion": (0, 1)}
-CONFLICTS = [  # of flags: a test of args, and what to say where it is true
-    (lambda args: args.target_candidates > args.latents, "--target-candidates must not be above --latents"),
-]
+CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
+    "--target-candidates must not be above --latents": lambda args: args.target_candidates > args.latents,
+}
 
 
 def check_args(args: Args) -> None:
@@ -978,8 +973,8 @@ def check_args(args: Args) -> None:
         low, high = LIMITS.get(name, (1 if type(value) is int else 1e-30, 1e30))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} is {value}; it must be between {low:g} and {high:g}")
-    for found, message in CONFLICTS:
-        if found(args):
+    for message, is_wrong in CONFLICTS.items():
+        if is_wrong(args):
             fail(message)
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
@@ -996,7 +991,7 @@ def check_args(args: Args) -> None:
 
 
 def parse_args(line: list[str] | None = None, default: Args | None = None) -> Args:
-    """The flags, checked. With `--resume`, those that are not given are the ones of the run that goes on."""
+    """The flags, checked. With `--resume` and `--evaluate`, those that are not given are the ones of that run."""
     values = vars(default or Args())
     kinds = {kind.__name__.removesuffix("Args").lower(): kind for kind in Args.__bases__[::-1]}
     groups = {name: kind(**{f.name: values[f.name] for f in fields(kind)}) for name, kind in kinds.items()}
@@ -1006,24 +1001,28 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
+    if args.evaluate is not None and default is None:
+        saved = load_file(args.evaluate, "--evaluate")[1]
+        return parse_args(line, replace(saved, track=False, capture_video=False))
     check_args(args)
     return args
 
 
 def evaluate_saved(args: Args) -> None:
     """`--evaluate PATH`: print the returns of the weights in a model.pt or checkpoint.pt."""
-    saved, trained = load_file(args.evaluate, "--evaluate")
+    saved, _ = load_file(args.evaluate, "--evaluate")
     device = set_up_torch(args)
-    envs = [make_env(trained.env_id, args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], trained, device)
-    with refusing(f"--evaluate {args.evaluate} does not fit {trained.env_id}"):
+    envs = [make_env(args.env_id, args.capture_video and i == 0) for i in range(args.eval_episodes)]
+    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], args, device)
+    with refusing(f"--evaluate {args.evaluate} does not fit {args.env_id}"):
         agent.load_state_dict(saved["agent"])
     if args.capture_video:
-        videos = f"{Path(args.evaluate).parent}/videos_evaluate"
-        envs[0] = gym.wrappers.RecordVideo(envs[0], videos, lambda episode: True)
+        with refusing("--capture-video: its folder cannot be made"):
+            videos = f"{Path(args.evaluate).parent}/videos_evaluate"
+            envs[0] = gym.wrappers.RecordVideo(envs[0], videos, lambda episode: True)
     for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
         returns = evaluate(act, envs, args.seed, device, args.eval_max_steps)
-        say(f"{trained.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
+        say(f"{args.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")
     for env in envs:
         env.close()
 
@@ -1036,12 +1035,12 @@ def say(line: str) -> None:
 
 @cache
 def warn(message: str) -> None:
-    """Say it, but only once."""
+    """Print a warning, once for each message."""
     say(f"warning: {message}")
 
 
 def fail(message: str) -> None:
-    """Report a mistake of the user's in one line and exit with code 2."""
+    """Report a user's mistake in one line and exit with code 2."""
     print(f"{Path(__file__).name}: error: {message}".replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
@@ -1057,7 +1056,8 @@ def refusing(what: str):
 
 if __name__ == "__main__":
     keep_freed_memory()
-    # Unbuffered: lines appear at once, and a line that cannot be printed does not stop the next one.
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), sys.stdout.encoding, write_through=True)
+    sys.stderr = sys.stderr or io.StringIO()  # None where it was closed
+    if sys.stdout:  # unbuffered: lines appear at once, and one that cannot be printed does not stop the next one
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), sys.stdout.encoding, write_through=True)
     args = parse_args()
     sys.exit(train(args) if args.evaluate is None else evaluate_saved(args))

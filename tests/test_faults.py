@@ -159,7 +159,7 @@ def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path
     running.terminate()
     out, _ = running.communicate()
     assert running.exitcode == 143 and "stopped at step 220; from step 220: python" in out
-    assert "the evaluation was stopped and has no score" in out
+    assert out.count("the evaluation was stopped and has no score") == 1
     assert checkpoint(tmp_path)["global_step"] == 220
 
 
@@ -366,10 +366,12 @@ def test_a_full_disk_costs_no_checkpoint_and_does_not_end_the_run(tmp_path):
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size + 8_000, size + 8_000))
     done = run_program("sac_continuous", tmp_path / "full", *line, before=limit)
     run = only_run(tmp_path / "full")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and done.stderr == ""
     assert f"warning: runs/{run.name}/checkpoint.pt was not written" in done.stdout
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     assert 60 < saved["global_step"] < 400 and not (run / "checkpoint.tmp").exists()
+    said = f"the last files are missing; from step {saved['global_step']}: python "
+    assert done.stdout.splitlines()[-1].startswith(said)
 
 
 def test_a_checkpoint_does_not_copy_the_buffer_and_survives_where_memory_runs_out(tmp_path, monkeypatch, capsys):
@@ -419,6 +421,19 @@ def test_lines_appear_at_once_and_a_reader_that_goes_away_ends_nothing(tmp_path)
     assert running.poll() is None and not (only_run(tmp_path) / "model.pt").exists()  # it is under way
     running.stdout.close()
     assert running.wait() == 0 and checkpoint(tmp_path)["global_step"] == 400
+
+
+def close(*numbers):
+    for number in numbers:
+        os.close(number)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (1, 2)])
+def test_a_run_that_is_started_without_an_output_goes_on(numbers, tmp_path):
+    """As by `python script >&- 2>&-`: Python then has None for sys.stdout."""
+    line = [sys.executable, str(ROOT / "sac_continuous.py"), *flags(steps=60)]
+    assert subprocess.run(line, cwd=tmp_path, preexec_fn=partial(close, *numbers)).returncode == 0
+    assert checkpoint(tmp_path)["global_step"] == 60
 
 
 def test_a_full_disk_under_the_log_ends_nothing(tmp_path):
@@ -523,6 +538,46 @@ def test_a_run_goes_on_with_its_own_flags_where_no_others_are_given(tmp_path, mo
     assert saved["num_updates"] == 30 and saved["buffer"]["added"] == len(saved["buffer"]["obs"]) == 100
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_temperature_that_is_fixed_in_a_resumed_run_is_the_flags(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    module.train(module.parse_args(flags(script, steps=50)))
+    again = ["--resume", f"runs/{only_run(tmp_path).name}", "--total-timesteps", "60", "--no-autotune"]
+    module.train(module.parse_args([*again, "--alpha", "0.05"]))
+    assert checkpoint(tmp_path)["agent"]["log_alpha"].exp().item() == pytest.approx(0.05)
+
+
+def test_a_resumed_run_has_the_support_that_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mfpo = importlib.import_module("mfpo_continuous")
+    mfpo.train(mfpo.parse_args(flags("mfpo_continuous", steps=45)))
+    atoms, update = [], mfpo.Agent.update
+
+    def spy(self, *batch, **options):
+        atoms.append(self.atoms)
+        return update(self, *batch, **options)
+
+    monkeypatch.setattr(mfpo.Agent, "update", spy)
+    again = ["--resume", f"runs/{only_run(tmp_path).name}", "--total-timesteps", "50", "--v-min", "-8", "--v-max", "2"]
+    mfpo.train(mfpo.parse_args(again))
+    assert len(atoms) == 5 and torch.equal(atoms[-1], torch.linspace(-8, 2, 101))
+
+
+def test_an_evaluation_takes_the_runs_flags_where_no_others_are_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    smfp = importlib.import_module("smfp_continuous")
+    smfp.train(smfp.parse_args([*flags("smfp_continuous", steps=50), "--save-model", "--eval-candidates", "3"]))
+    model, seen = f"{only_run(tmp_path)}/model.pt", []
+    monkeypatch.setattr(smfp.Agent, "best_of", lambda self, obs, y: seen.append(y.shape[1]) or y[:, :1])
+    for more, candidates, episodes in (((), 3, 1), (("--eval-candidates", "7", "--eval-episodes", "2"), 7, 2)):
+        seen.clear()
+        args = smfp.parse_args(["--evaluate", model, *more])
+        assert args.env_id == "tests.faulty:Walk-v0" and not args.track
+        smfp.evaluate_saved(args)
+        assert set(seen) == {candidates, 1} and f"({episodes} episodes)" in capsys.readouterr().out
+
+
 def test_a_buffer_of_another_shape_is_refused():
     """What it would read instead are zeros, or one environment's transitions as those of two."""
     state = {}
@@ -573,6 +628,24 @@ def test_weights_and_biases_without_a_key_is_said_before_anything_is_made(tmp_pa
         sac.train(sac.parse_args([*flags(), "--track"]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "api_key not configured" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_weights_and_biases_refuses_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    class FakeWandb:
+        def login(self):
+            pass
+
+        def init(self, **settings):
+            raise RuntimeError(f"entity {settings['entity']} not found")
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    monkeypatch.setattr(sac, "find_spec", lambda name: True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sac.train(sac.parse_args([*flags(), "--track", "--wandb-entity", "tpyo"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "RuntimeError: entity tpyo not found" in error
     assert list(tmp_path.iterdir()) == []
 
 

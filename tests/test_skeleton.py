@@ -177,6 +177,15 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
     assert seen == [False, False, True] * 3
 
 
+def test_random_actions_and_an_environments_noise_are_drawn_apart():
+    """Gymnasium seeds both generators alike: one seed for the two would make the noise a function of the action."""
+    envs = [sac_continuous.make_env("tests.faulty:Walk-v0") for _ in range(2)]
+    sac_continuous.restart(envs, 3)
+    draws = [env.action_space.np_random.random(5) for env in envs]
+    draws += [np.random.Generator(np.random.PCG64(3 + i)).random(5) for i in range(2)]  # the environments' own
+    assert len({values[0] for values in draws}) == 4
+
+
 def test_the_first_step_may_be_one_of_the_policy(monkeypatch, tmp_path):
     """With no random steps there is nothing to learn from before the first step."""
     monkeypatch.chdir(tmp_path)
