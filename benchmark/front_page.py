@@ -108,6 +108,7 @@ def picture(curves: Curves, published: dict[str, dict[str, str]]) -> plt.Figure:
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    figure.supylabel("evaluation return", fontsize="medium")
     axes.flat[-1].axis("off")
     lines = [
         plt.Line2D([], [], color=color, linestyle=dash, linewidth=2, label=method.replace("`", ""))

@@ -89,8 +89,8 @@ def test_trained_weights_are_small_and_fit_their_script(file):
     env = script.make_env(args.env_id)
     agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
-    (total,) = script.evaluate(agent.eval_actions, [env], 0, torch.device("cpu"), max_steps=100)
-    assert total > 200  # it runs: random actions are at about -30 by then
+    (total,) = script.evaluate(agent.eval_actions, [env], 0, torch.device("cpu"), max_steps=200)
+    assert total > 300  # it runs: random actions have less than 50 by then
 
 
 def test_no_two_files_have_names_that_differ_in_case_alone():
