@@ -28,7 +28,7 @@ TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_name of its runs in each file
     "MFPO": {f"mfpo_100k{i}.csv": "mfpo-K4-8-init32" for i in ("", "2", "3")},
-    "SMFP": {"mujoco_cpu2.csv": "smfp-crossq"},
+    "SMFP": {"mujoco_cpu2.csv": "smfp-crossq", "smfp_100k.csv": "smfp-crossq"},
     "SAC, `--critic crossq`": {"sac_crossq.csv": "sac-crossq"},
     "SAC": {"mujoco_cpu.csv": "sac", "mujoco_cpu2.csv": "sac"},
 }
