@@ -844,7 +844,7 @@ def refusing(what: str):
     try:
         yield
     except Exception as error:
-        fail(f"{what}: {type(error).__name__}: {error}")
+        fail(textwrap.shorten(f"{what}: {type(error).__name__}: {error}", 500, placeholder=" ..."))
 
 
 if __name__ == "__main__":
