@@ -131,7 +131,7 @@ def plan(args: Args) -> list[Run]:
         name = name if colon else script
         line = ["--env-id", env_id, "--exp-name", name, "--seed", str(seed), *args.flags, *flags]
         module = importlib.import_module(script)
-        parsed = module.parse_args(line)
+        parsed = module.parse_args(line, module.Args())  # with defaults that are given it reads no saved run
         ours = (parsed.env_id, parsed.exp_name, parsed.seed, parsed.evaluate, parsed.resume)
         if ours != (env_id, name, seed, None, None):
             fail(f"--scripts {entry!r}: leave --env-id, --exp-name, --seed, --evaluate and --resume to the sweep")
