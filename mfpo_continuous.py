@@ -874,11 +874,6 @@ class Run:
         self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that has asked the run to stop
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.resume or f"runs/{name}")
-        if args.track:
-            place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
-            with refusing("--track: Weights and Biases cannot log the run"):
-                __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         if not args.resume:
             with refusing("the run's folder cannot be made"):
                 self.folder.mkdir(parents=True)
@@ -888,8 +883,15 @@ class Run:
         try:
             if args.resume:
                 self.load()
+            if args.track:
+                place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+                place |= dict.fromkeys(("id", "name"), self.folder.resolve().name)
+                with refusing("--track: Weights and Biases cannot log the run"):
+                    __import__("wandb").init(**place, resume="allow", sync_tensorboard=True, config=vars(args))
         except SystemExit:
             os.close(self.lock)
+            if not args.resume:
+                os.removedirs(self.folder)  # it is empty
             raise
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
         if not args.resume:

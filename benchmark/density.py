@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.report import script_of, spread
+from benchmark.table import write_csv
 from tests.multigoal import TASKS, UNEQUAL, Goals, boltzmann
 
 CELLS = 16
@@ -124,12 +125,7 @@ def main(args: Args) -> None:
         pictures.append((f"{trained.exp_name}\nTV {row['total variation']:.2f}", agent, optimal))
     if len(tasks) > 1:
         sys.exit(f"the runs are of several tasks, {', '.join(sorted(tasks))}: name those of one")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
+    write_csv(args.out, [{k: f"{x:.4f}" if isinstance(x, float) else x for k, x in row.items()} for row in rows])
     print_means(rows)
     if args.picture:
         tables = [("optimal", boltzmann(pictures[0][1].log_alpha.exp().item(), goals, 64))]

@@ -9,7 +9,6 @@ steps by 32 short ones; and the mean absolute error of the network's log pi at T
 """
 
 import copy
-import csv
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
 from benchmark.density import figures, shares
+from benchmark.table import write_csv
 from tests.multigoal import FOUR, WIDTH, ExactQ, boltzmann
 
 CPU = torch.device("cpu")
@@ -167,11 +167,7 @@ def main(args: Args) -> None:
     for variant in VARIANTS:
         cells = [[row[name] for row in rows if row["variant"] == variant] for name in names]
         print(f"| {variant} | " + " | ".join(f"{np.mean(x):.2f} ± {np.std(x):.2f}" for x in cells) + " |")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ exact one of the sampler's map. After a burn-in, the mean difference (bias), the
 nats, and the CPU time of an update are written to <out>.csv and printed. Networks run eagerly.
 """
 
-import csv
-import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
 from benchmark.report import fail
 from benchmark.speed import machine
+from benchmark.table import write_csv
 
 CPU = torch.device("cpu")
 
@@ -63,7 +62,7 @@ class Args:
 def go_on(run: Path, variant: Variant, args: Args) -> dict[str, float]:
     """The bias, error and milliseconds of one variant from a run's checkpoint on."""
     saved, trained = mfpo.load_file(run / "checkpoint.pt", "runs")
-    trained = dataclasses.replace(trained, compile=False, **variant.flags)
+    trained = replace(trained, compile=False, **variant.flags)
     torch.manual_seed(args.seed)
     obs_dim, action_dim = (saved["buffer"][name].shape[-1] for name in ("obs", "actions"))
     agent = mfpo.Agent(obs_dim, action_dim, trained, CPU)
@@ -110,10 +109,7 @@ def main(args: Args) -> None:
             print(
                 f"{run.name}: {name}: bias {row['bias']:.2f}, error {row['error']:.2f}, {row['ms']:.0f} ms", flush=True
             )
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ in [-1, 1]^d, over states and over t as in training, and for small, middle and l
 the run has reached, and at ten and a hundred times it.
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
+from benchmark.table import write_csv
 
 CPU = torch.device("cpu")
 POINTS = {1: 20_001, 2: 301, 3: 61}  # of the grid, per dimension
@@ -113,11 +113,7 @@ def measure(run: Path, args: Args) -> list[dict]:
 
 def main(args: Args) -> None:
     rows = [row for run in args.runs for row in measure(run, args)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
     names = [name for name in rows[0] if name != "run"]
     print("| " + " | ".join(names) + " |\n|" + "-|" * len(names))
     for row in rows:

@@ -1,5 +1,6 @@
 """Runs that survive: kills, resume, stops, faulty environments, bad numbers, full disks, bad files and bad flags."""
 
+import fcntl
 import importlib
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -630,6 +632,23 @@ def test_weights_and_biases_without_a_key_is_said_before_anything_is_made(tmp_pa
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "api_key not configured" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_process_trains_is_not_taken_up_in_weights_and_biases(tmp_path, monkeypatch, capsys):
+    calls = []
+    wandb = SimpleNamespace(login=lambda: None, init=lambda **settings: calls.append(settings))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(sac, "find_spec", lambda name: True)
+    monkeypatch.chdir(tmp_path)
+    sac.train(sac.parse_args([*flags(steps=60), "--track"]))
+    assert [settings["id"] for settings in calls] == [only_run(tmp_path).name]
+    lock = os.open(only_run(tmp_path), os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        sac.train(sac.parse_args(["--resume", f"runs/{only_run(tmp_path).name}", "--total-timesteps", "80"]))
+    os.close(lock)
+    assert "another process is training it" in capsys.readouterr().err and len(calls) == 1
 
 
 def test_a_run_that_weights_and_biases_refuses_leaves_no_folder(tmp_path, monkeypatch, capsys):
