@@ -104,6 +104,7 @@ class MethodArgs:
     policy_frequency: int = 1  # updates of the critics per update of the policy and the temperature
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 1.0  # the temperature, or its first value when it is learned (CleanRL: log alpha starts at 0)
+    rho: float = 1.0  # the temperature learns to keep an entropy of -rho d for d action dimensions (CleanRL)
     critic: Literal["sac", "crossq"] = "sac"  # with target networks, or CrossQ's: batch renormalisation, no targets
     critic_width: int = 256  # units in each of the critics' two hidden layers (CrossQ: 2048)
 
@@ -205,7 +206,7 @@ class Agent(nn.Module):
         # CrossQ has no target networks: its critics are their own targets.
         self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
-        self.target_entropy = -float(action_dim)
+        self.target_entropy = -args.rho * action_dim
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
@@ -758,7 +759,7 @@ def set_up_torch(args: Args) -> torch.device:
 
 LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
-LIMITS["diagnostics_frequency"] = (0, 1e30)
+LIMITS |= {"diagnostics_frequency": (0, 1e30), "rho": (-1e30, 1e30)}
 CONFLICTS = {}  # what is wrong with the flags, and a function of them that is true where it is
 
 

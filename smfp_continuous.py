@@ -123,6 +123,7 @@ class MethodArgs:
     policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 1.0  # the temperature, or its first value when it is learned (authors: fixed, 0.01 to 0.2)
+    rho: float = 1.0  # the temperature learns to keep an entropy of -rho d for d action dimensions (1 as in SAC)
     latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
     kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
     meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term
@@ -327,7 +328,7 @@ class Agent(nn.Module):
         # CrossQ has no target networks: its critics are their own targets.
         self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
-        self.target_entropy = -float(action_dim)
+        self.target_entropy = -args.rho * action_dim
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
@@ -963,7 +964,7 @@ LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # 
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
 LIMITS["diagnostics_frequency"] = (0, 1e30)
 LIMITS |= {name: (0, 1e30) for name in ("kl_coef", "meanflow_coef")}
-LIMITS |= {"policy_tau": (1e-30, 1), "data_proportion": (0, 1)}
+LIMITS |= {"rho": (-1e30, 1e30), "policy_tau": (1e-30, 1), "data_proportion": (0, 1)}
 CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
     "--target-candidates must not be above --latents": lambda args: args.target_candidates > args.latents,
 }
