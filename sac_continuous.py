@@ -18,9 +18,9 @@ critics and actor per step.
 Maximise sum_t E[r_t + alpha H(pi(.|s_t))] by alternating
     critics      Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi
     actor        minimise  E[alpha log pi(a|s) - min_i Q_i(s, a)],  a = tanh(mu(s) + sigma(s) eps)
-    temperature  minimise  alpha (H - H_target),  H = -E[log pi],  H_target = -d
+    temperature  minimise  alpha (H - H_target),  H = -E[log pi],  H_target = -rho d
 
-In TensorBoard: eval/episodic_return is the score; diagnostics/entropy should settle at -d.
+In TensorBoard: eval/episodic_return is the score; diagnostics/entropy should settle at -rho d.
 """
 
 import copy

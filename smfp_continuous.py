@@ -31,7 +31,7 @@ learned temperature; K_b and K_t are 1 by default.
               + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' being Q itself in
               CrossQ, and its slow copy in SAC
-    alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -d
+    alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -rho d
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
     diagnostics/latent_spread    well below diagnostics/sigma the policy is nearly a Gaussian; a new one has m = e

@@ -248,14 +248,14 @@ def test_sac(flags):
 
 
 def test_sac_acts_by_its_mean_in_evaluation():
-    agent, obs = new_agent(sac, 2, {}), torch.randn(5, OBS_DIM)
+    agent, obs = new_agent(sac, 2, {"rho": 0.75}), torch.randn(5, OBS_DIM)
     mean, std = sac_policy(agent.actor, obs)
     torch.testing.assert_close(agent.eval_actions(obs), torch.tanh(mean))
     torch.manual_seed(1)
     actions = agent.sample_actions(obs)
     torch.manual_seed(1)
     torch.testing.assert_close(actions, torch.tanh(mean + std * torch.randn(5, 2)))
-    assert agent.target_entropy == -2
+    assert agent.target_entropy == -1.5
 
 
 # SMFP
@@ -401,7 +401,8 @@ def test_smfp(flags):
 
 @pytest.mark.parametrize("candidates", [1, 3])
 def test_smfp_acts_by_the_best_of_its_candidates(candidates):
-    agent, obs = new_agent(smfp, 2, {"behavior_candidates": candidates, "eval_candidates": 7}), torch.randn(5, OBS_DIM)
+    flags = {"behavior_candidates": candidates, "eval_candidates": 7, "rho": 0.75}
+    agent, obs = new_agent(smfp, 2, flags), torch.randn(5, OBS_DIM)
     for act, k in ((agent.sample_actions, candidates), (agent.eval_actions, 7)):
         torch.manual_seed(1)
         actions = act(obs)
@@ -410,7 +411,7 @@ def test_smfp_acts_by_the_best_of_its_candidates(candidates):
         a = torch.tanh(mean + std * torch.randn(5, k, 2))
         best = smaller_q(agent.qf1_target, agent.qf2_target, obs[:, None], a).argmax(1)
         torch.testing.assert_close(actions, a[torch.arange(5), best])
-    assert agent.target_entropy == -2
+    assert agent.target_entropy == -1.5
 
 
 # MFPO
