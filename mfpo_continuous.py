@@ -71,6 +71,7 @@ class RunArgs:
     cuda: bool = True  # train on the GPU when there is one
     cuda_graph: bool = True  # on a GPU, launch each update and each action as one CUDA graph, not kernel by kernel
     threads: int = 4  # most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it
+    compile: bool = False  # compile the update with torch.compile; this needs a C++ compiler and takes a minute or two
     log_frequency: int = 100  # environment steps between two rows of losses and diagnostics
     diagnostics_frequency: int = 1_000  # environment steps between two rows of costlier diagnostics; 0 turns them off
     track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
@@ -122,7 +123,6 @@ class MethodArgs:
     alpha: float = 0.01  # the temperature, or its first value when it is learned (paper)
     rho: float = 0.5  # the target entropy is -rho d for d action dimensions (paper)
     eval_candidates: int = 10  # evaluation plays the best of this many sampled actions, by the target critics (paper)
-    compile: bool = False  # compile the update with torch.compile; this needs a C++ compiler and takes a minute or two
 
 
 @dataclass
@@ -1143,14 +1143,6 @@ LIMITS |= {name: (-1e30, 1e30) for name in ("rho", "v_min", "v_max")} | {"data_p
 LIMITS |= {"num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
 
 
-def can_compile() -> bool:
-    """Whether torch.compile works here."""
-    try:
-        return bool(torch.compile(torch.ones_like, fullgraph=True)(torch.zeros(8)).all())
-    except Exception:  # no compiler, or one that does not work
-        return False
-
-
 CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
     "--v-min must be below --v-max": lambda args: args.v_min >= args.v_max,
     "--critic-init-std is for --critic c51; leave it out": lambda args: args.critic_init_std and args.critic != "c51",
@@ -1158,10 +1150,15 @@ CONFLICTS = {  # what is wrong with the flags, and a function of them that is tr
     "--likelihood none leaves no entropy to tune the temperature by; add --no-autotune and choose --alpha": (
         lambda args: args.likelihood == "none" and args.autotune
     ),
-    "--compile needs a working C++ compiler; install one, such as g++": (
-        lambda args: args.compile and args.evaluate is None and not can_compile()
-    ),
 }
+
+
+def can_compile() -> bool:
+    """Whether torch.compile works here."""
+    try:
+        return bool(torch.compile(torch.ones_like, fullgraph=True)(torch.zeros(8)).all())
+    except Exception:  # no compiler, or one that does not work
+        return False
 
 
 def check_args(args: Args) -> None:
@@ -1173,6 +1170,8 @@ def check_args(args: Args) -> None:
     for message, is_wrong in CONFLICTS.items():
         if is_wrong(args):
             fail(message)
+    if args.compile and args.evaluate is None and not can_compile():
+        fail("--compile needs a working C++ compiler; install one, such as g++")
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
     if len(args.exp_name) > 100:

@@ -86,6 +86,7 @@ class RunArgs:
     cuda: bool = True  # train on the GPU when there is one
     cuda_graph: bool = True  # on a GPU, launch each update and each action as one CUDA graph, not kernel by kernel
     threads: int = 4  # most CPU threads to use; OMP_NUM_THREADS or the number of cores may lower it
+    compile: bool = False  # compile the update with torch.compile; this needs a C++ compiler and takes a minute or two
     log_frequency: int = 100  # environment steps between two rows of losses and diagnostics
     diagnostics_frequency: int = 1_000  # environment steps between two rows of costlier diagnostics; 0 turns them off
     track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
@@ -337,6 +338,8 @@ class Agent(nn.Module):
         self.q_optimizer = adam(self.q_parameters, lr=args.q_lr, betas=betas)
         self.policy_optimizer = adam(self.policy.parameters(), lr=args.policy_lr, betas=betas)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.q_lr)
+        if args.compile:  # for fixed shapes; fallback_random draws the same numbers as the eager update
+            self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
         """The smaller of the two critics, or of their target networks."""
@@ -970,6 +973,14 @@ CONFLICTS = {  # what is wrong with the flags, and a function of them that is tr
 }
 
 
+def can_compile() -> bool:
+    """Whether torch.compile works here."""
+    try:
+        return bool(torch.compile(torch.ones_like, fullgraph=True)(torch.zeros(8)).all())
+    except Exception:  # no compiler, or one that does not work
+        return False
+
+
 def check_args(args: Args) -> None:
     """Refuse numbers that make no sense, flags that contradict each other, and what is not installed."""
     for name, value in vars(args).items():
@@ -979,6 +990,8 @@ def check_args(args: Args) -> None:
     for message, is_wrong in CONFLICTS.items():
         if is_wrong(args):
             fail(message)
+    if args.compile and args.evaluate is None and not can_compile():
+        fail("--compile needs a working C++ compiler; install one, such as g++")
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
     if len(args.exp_name) > 100:

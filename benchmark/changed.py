@@ -85,17 +85,6 @@ def two_pass_variance(module) -> None:
     )
 
 
-def compiled_update(module) -> None:
-    """Put in: the update by torch.compile, as MFPO's --compile does it."""
-    init = module.Agent.__init__
-
-    def init_and_compile(self, *arguments):
-        init(self, *arguments)
-        self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
-
-    module.Agent.__init__ = init_and_compile
-
-
 CHANGES = {
     function.__name__: function
     for function in (
@@ -107,7 +96,6 @@ CHANGES = {
         elementary_layer_norm,
         fused_bias,
         two_pass_variance,
-        compiled_update,
     )
 }
 WHEN_COMPILED = (fused_bias, two_pass_variance)  # these differ in the compiled form alone
