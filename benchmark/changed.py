@@ -105,4 +105,4 @@ if __name__ == "__main__":
     if change not in CHANGES:
         sys.exit(f"changed.py: error: {change} is not one of {', '.join(CHANGES)}")
     CHANGES[change](importlib.import_module(script))
-    work(script, "compiled" if CHANGES[change] in WHEN_COMPILED else "eager", int(obs_dim), int(action_dim))
+    work(script, "compiled" if CHANGES[change] in WHEN_COMPILED else "eager", int(obs_dim), int(action_dim), flags=[])

@@ -16,8 +16,6 @@ done
 for change in fused_adam unfilled_memory; do without sac $change; done
 with mfpo states_by_parts
 with mfpo elementary_layer_norm
-with smfp compiled_update
-with sac compiled_update
 eager=("${peers[@]}") peers=()
 for change in fused_bias two_pass_variance; do without mfpo $change; done
 

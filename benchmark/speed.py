@@ -10,8 +10,7 @@ a process each, on random data: an action is one observation from NumPy to NumPy
 start them, timed from inside the environment (benchmark/timed.py) once they are past the random steps.
 
 With --compile actions are timed compiled, too, as somebody would deploy a policy (see COMPILED; it needs a C++ compiler
-and takes minutes), and so are the updates and the loop of a script that has the flag (MFPO's, but not a variant's; for
-the two others' see benchmark/gains.sh).
+and takes minutes), and so are updates and loops, by the scripts' own flag.
 
 An update is one environment step's, so of `--policy-frequency` 2 it is the mean of two. Its floor is its
 floating-point operations in matrix products, counted by PyTorch, over the rate of one
@@ -72,7 +71,7 @@ class Args:
     loop_rounds: int = 3
     """rounds of the whole loop"""
     compile: bool = False
-    """also time actions of a compiled policy, and the script's own --compile where it has one"""
+    """also time actions of a compiled policy, and updates with --compile"""
     loop_seconds: float = 15.0
     """how long a loop is timed for in a round"""
     variant: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -91,11 +90,6 @@ def largest_product(args) -> int:
     return args.batch_size * getattr(args, "latents", 1)
 
 
-def can_compile(script: str) -> bool:
-    """Whether a script compiles its update when asked to."""
-    return hasattr(importlib.import_module(script).Args, "compile")
-
-
 def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]) -> None:
     """The process that is timed: one agent at random data, answering rounds."""
     module = importlib.import_module(script)
@@ -104,9 +98,7 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]
     if hasattr(module, "keep_freed_memory"):
         module.keep_freed_memory()
     args = module.parse_args([*flags, "--threads", str(torch.get_num_threads())])
-    compiled = mode == "compiled" and can_compile(script) and not flags
-    if compiled:
-        args.compile = True
+    args.compile = mode == "compiled"
     module.set_up_torch(args)
     agent = module.Agent(obs_dim, action_dim, args, device)
     buffer = module.ReplayBuffer(10_000, 1, obs_dim, action_dim, device)
@@ -147,8 +139,7 @@ def work(script: str, mode: str, obs_dim: int, action_dim: int, flags: list[str]
     if mode == "compiled":
         plays = [torch.compile(play, options=COMPILED) for play in plays]
     action, best_action = (partial(act, module.CudaGraph(play, graphed)) for play in plays)
-    timed = update if compiled or mode != "compiled" else None
-    answer_rounds(update=timed, action=action, best_action=best_action, wait=wait, facts=facts)
+    answer_rounds(update=update, action=action, best_action=best_action, wait=wait, facts=facts)
 
 
 def environment(threads: int | None) -> dict[str, str]:
@@ -223,7 +214,6 @@ def time_loops(args: Args, task: str) -> dict[tuple[str, str], list[float]]:
         (script, mode): [sys.executable, str(ROOT / f"{script}.py"), *own, *flags]
         for script in args.scripts
         for mode, flags in modes.items()
-        if mode != "compiled" or can_compile(script)
     }
     commands |= {(script, name): words for script, name, words in (parse_peer(p, args.scripts) for p in args.loop_peer)}
     speeds = {key: [] for key in commands}
@@ -320,8 +310,7 @@ def table(rows) -> str:
                 if (script, ours, place, quantity) in medians:
                     ratio = medians[script, ours, place, quantity] / value
                     ratios.append(f"- {script} ({ours}), {place}: {ratio:.2f} x the {quantity} of {mode}")
-        alike = "eager" if mode == "compiled" and quantity == "training steps/s" else mode  # SAC has no --compile
-        sac = medians.get(("sac_continuous", alike.split()[0], place, quantity))
+        sac = medians.get(("sac_continuous", mode.split()[0], place, quantity))
         if quantity.startswith("ms") and sac and script != "sac_continuous":
             ratios.append(f"- {script} ({mode}), {place}: {value / sac:.2f} x the {quantity} of sac_continuous")
         if quantity == "training steps/s" and sac and script != "sac_continuous":

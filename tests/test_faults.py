@@ -790,6 +790,6 @@ def name_no_compiler():
 
 def test_without_a_compiler_a_run_cannot_be_compiled(tmp_path):
     line = ["--compile", "--env-id", "Pendulum-v1"]
-    done = run_program("mfpo_continuous", tmp_path, *line, before=name_no_compiler)
+    done = run_program("sac_continuous", tmp_path, *line, before=name_no_compiler)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
     assert "--compile needs a working C++ compiler" in done.stderr

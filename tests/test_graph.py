@@ -21,6 +21,11 @@ CASES = [
     ("smfp_continuous", {"critic": "sac"}),
     ("smfp_continuous", {"critic": "crossq", "target_candidates": 2, "behavior_candidates": 4}),
 ]
+COMPILED = [
+    ("sac_continuous", {"critic": "crossq", "policy_frequency": 2}),
+    ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2}),
+    ("smfp_continuous", {"latents": 2, "policy_frequency": 1}),
+]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -147,7 +152,9 @@ def trained(script, options, graphed, updates=100):
 
 
 @needs_cuda
-@pytest.mark.parametrize(("script", "options"), [*CASES, (CASES[1][0], CASES[1][1] | {"compile": True})])
+@pytest.mark.parametrize(
+    ("script", "options"), [*CASES, *((script, flags | {"compile": True}) for script, flags in COMPILED)]
+)
 def test_graphed_training_equals_eager_training(script, options, deterministic):
     (eager, eager_losses), (graphed, graphed_losses) = (trained(script, options, flag) for flag in (False, True))
     torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=1e-4)
@@ -155,19 +162,20 @@ def test_graphed_training_equals_eager_training(script, options, deterministic):
         torch.testing.assert_close(graphed.state_dict()[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_compiled_training_equals_eager_training():
+@pytest.mark.parametrize(("script", "options"), COMPILED)
+def test_compiled_training_equals_eager_training(script, options):
     """With the same random numbers; a low temperature would magnify their roundings."""
-    module, agents, metrics = importlib.import_module("mfpo_continuous"), [], []
+    module, agents, metrics = importlib.import_module(script), [], []
     numbers = torch.rand(60, 5, 32, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for compiled in (False, True):
         torch.manual_seed(0)
-        args = module.Args(policy_proposals=2, gaussian_proposals=2, alpha=10.0, compile=compiled)
+        args = module.Args(alpha=10.0, compile=compiled, **options)
         agent = module.Agent(11, 3, args, torch.device("cpu"))
         agents.append(agent)
         metrics.append([])
-        for obs, actions, rewards, terminations, next_obs in numbers:
+        for i, (obs, actions, rewards, terminations, next_obs) in enumerate(numbers):
             batch = obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs
-            metrics[-1].append(agent.update(*batch))
+            metrics[-1].append(agent.update(*batch, with_policy=i % args.policy_frequency == 0))
         assert ("update" in vars(agent)) == compiled
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)
     for name, value in agents[0].state_dict().items():
