@@ -123,8 +123,8 @@ class MethodArgs:
     q_lr: float = 1e-3  # learning rate of the critics and of the temperature (as in SAC and CrossQ)
     policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
-    alpha: float = 1.0  # the temperature, or its first value when it is learned (authors: fixed, 0.01 to 0.2)
-    rho: float = 1.0  # the temperature learns to keep an entropy of -rho d for d action dimensions (1 as in SAC)
+    alpha: float = 0.1  # the temperature, or its first value when it is learned (authors: fixed at 0.01 to 0.2)
+    rho: float = 0.5  # the temperature learns to keep an entropy of -rho d for d action dimensions (measured)
     latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
     kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
     meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term

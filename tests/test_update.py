@@ -221,7 +221,7 @@ def sac_reference(before, after, batch):
     entropy = -log_prob.mean()
     metrics = {"losses/actor_loss": actor_loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
     if args.autotune:
-        metrics["losses/alpha_loss"] = alpha * (entropy + a.shape[-1]).detach()
+        metrics["losses/alpha_loss"] = alpha * (entropy + args.rho * a.shape[-1]).detach()
         gradients["alpha_optimizer"] = [metrics["losses/alpha_loss"]]  # its derivative by log alpha, too
     return gradients, critic_metrics(q1, q2, loss1, loss2) | metrics
 
@@ -229,7 +229,7 @@ def sac_reference(before, after, batch):
 SAC_FLAGS = [
     {},
     {"autotune": False},
-    {"gamma": 0.8, "tau": 0.3, "alpha": 0.2, "policy_lr": 0.01, "q_lr": 0.02},
+    {"gamma": 0.8, "tau": 0.3, "alpha": 0.2, "policy_lr": 0.01, "q_lr": 0.02, "rho": 1.5},
     {"critic": "crossq", "critic_width": 32},
 ]
 
@@ -355,7 +355,7 @@ def smfp_reference(before, after, batch):
         "policy_optimizer": gradient(loss, before.policy.parameters()),
     }
     if args.autotune:
-        metrics["losses/alpha_loss"] = alpha * (entropy + d).detach()
+        metrics["losses/alpha_loss"] = alpha * (entropy + args.rho * d).detach()
         gradients["alpha_optimizer"] = [metrics["losses/alpha_loss"]]  # its derivative by log alpha, too
     return gradients, critic_metrics(*qs, *losses) | metrics
 
