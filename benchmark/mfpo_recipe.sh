@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
 few="mfpo_continuous --policy-batch-size 64"
-recipe="$few --likelihood map --critic quantile"
+quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the networks
+recipe="$few --likelihood map $quantile"
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
 also=(diagnostics/q_std diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha
     diagnostics/ess_policy diagnostics/ess_gaussian)
@@ -15,8 +16,8 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
 "${sweep[@]}" --seeds 1 2 --env-ids HalfCheetah-v4 Walker2d-v4 --scripts "mfpo-recipe: $recipe" \
     "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
     "${flags[@]}" 20000
-"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few --critic quantile" \
-    "mfpo-256x4-8: mfpo_continuous --policy-proposals 4 --gaussian-proposals 8 --likelihood map --critic quantile" \
+"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
+    "mfpo-256x4-8: mfpo_continuous --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
     "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
     --out benchmark/results/ablations/mfpo_parts
