@@ -19,8 +19,8 @@ voodooing/Issue-Plot) say: an action takes one evaluation of the network; a stan
 stands on top of the MeanFlow map; one loss joins SAC's, with the log-probability of one Gaussian, and lambda times a
 MeanFlow regression that mirror descent re-weights; the critics are CrossQ's, the smaller of two; the temperature is
 fixed per task; exploration plays the best of K_b actions by Q, and the TD target takes the best of K_t. Ours are the
-bound by M latents (theirs looks like M = 1), the KL to a slow copy of the policy, the regression's proposals and the
-learned temperature; K_b and K_t are 1 by default.
+bound by M latents (theirs looks like M = 1), the KL to a slow copy of the policy, the regression's proposals and one
+temperature for all tasks; K_b and K_t are 1 by default.
 
     policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
     entropy   log pi_M(a|s) = log (1/M) sum_j N(y; m_j, sigma_j^2) - log |da/dy| over M latents, one of them y's own;
@@ -31,7 +31,7 @@ learned temperature; K_b and K_t are 1 by default.
               + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' being Q itself in
               CrossQ, and its slow copy in SAC
-    alpha     minimise  alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -rho d
+    alpha     fixed; or, with --autotune, minimise alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -rho d
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
     diagnostics/latent_spread    well below diagnostics/sigma the policy is nearly a Gaussian; a new one has m = e
@@ -122,9 +122,9 @@ class MethodArgs:
     policy_lr: float = 3e-4  # learning rate of the policy (as in SAC)
     q_lr: float = 1e-3  # learning rate of the critics and of the temperature (as in SAC and CrossQ)
     policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
-    autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
-    alpha: float = 0.1  # the temperature, or its first value when it is learned (authors: fixed at 0.01 to 0.2)
-    rho: float = 0.5  # the temperature learns to keep an entropy of -rho d for d action dimensions (measured)
+    autotune: bool = False  # learn the temperature; otherwise it stays at --alpha (authors: fixed)
+    alpha: float = 0.1  # the temperature, or its first value when it is learned (measured; authors: 0.01 to 0.2)
+    rho: float = 0.5  # a learned temperature keeps an entropy of -rho d for d action dimensions (as in MFPO)
     latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
     kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
     meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term

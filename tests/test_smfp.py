@@ -320,7 +320,7 @@ def test_the_kl_of_an_update_is_between_the_policies_before_and_after_it():
 def test_the_slow_copies_move_by_their_step_and_the_temperature_towards_its_target():
     for target, sign in ((50.0, 1), (-50.0, -1)):
         torch.manual_seed(0)
-        agent = agent_with_heads(tau=0.25, policy_tau=0.5)
+        agent = agent_with_heads(tau=0.25, policy_tau=0.5, autotune=True)
         agent.target_entropy, before = target, copy.deepcopy(agent.state_dict())
         agent.update(*batch())
         after = agent.state_dict()

@@ -389,7 +389,7 @@ SMFP_FLAGS = [
 
 @pytest.mark.parametrize("flags", SMFP_FLAGS)
 def test_smfp(flags):
-    agent = new_agent(smfp, 2, {"alpha": 0.3} | flags)
+    agent = new_agent(smfp, 2, {"alpha": 0.3, "autotune": True} | flags)
     settle(agent)
     rates = {"q_optimizer": agent.args.q_lr, "policy_optimizer": agent.args.policy_lr}
     rates["alpha_optimizer"] = agent.args.q_lr
