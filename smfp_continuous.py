@@ -498,9 +498,11 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
 
     With `render` it can be recorded.
     """
-    warnings.filterwarnings("ignore", ".*is out of date")  # said of the v4 tasks, which papers report
+    mode = {"render_mode": "rgb_array"} if render else {}
     try:
-        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if render else {}))
+        with warnings.catch_warnings():  # what an imported package changes is undone: dm_control turns all warnings on
+            warnings.filterwarnings("ignore", ".*is out of date")  # said of the v4 tasks, which papers report
+            env = gym.make(env_id, disable_env_checker=True, **mode)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {env_id} cannot be made: {error}")
     actions, observations = env.action_space, env.observation_space

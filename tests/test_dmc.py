@@ -17,11 +17,11 @@ def test_observations_are_flat_and_a_seed_repeats_an_episode():
     assert env.observation_space.shape == (67,) and env.action_space.shape == (21,)
     actions = np.random.default_rng(0).uniform(-1, 1, (20, 21)).astype(np.float32)
     for _ in range(2):
-        steps = [env.reset(seed=3)[0], *(env.step(action)[0] for action in actions)]
+        steps = [sac_continuous.reset(env, 3), *(sac_continuous.step(env, action)[0] for action in actions)]
         assert all(obs.shape == (67,) and obs.dtype == np.float32 for obs in steps)
         episodes.append(np.stack(steps))
     np.testing.assert_array_equal(*episodes)
-    assert not np.array_equal(env.reset(seed=4)[0], episodes[0][0])
+    assert not np.array_equal(sac_continuous.reset(env, 4), episodes[0][0])
 
 
 @pytest.mark.parametrize("module", [sac_continuous, smfp_continuous])

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import gymnasium as gym
@@ -243,6 +244,17 @@ def test_make_env_rescales_actions_flattens_and_casts():
     gym.register("DictEnv-v0", lambda: DictEnv(0))
     obs, _ = sac_continuous.make_env("DictEnv-v0").reset(seed=0)
     np.testing.assert_array_equal(obs, np.array([0, 0, 0, 0, 0, 1, 0], np.float32))
+
+
+def test_a_package_that_turns_warnings_on_changes_nothing_afterwards():
+    def loud():
+        warnings.simplefilter("always", DeprecationWarning)  # as dm_control does when it is imported
+        return Counter(0)
+
+    gym.register("Loud-v0", loud)
+    before = list(warnings.filters)
+    sac_continuous.make_env("Loud-v0")
+    assert warnings.filters == before
 
 
 def test_observations_that_are_not_vectors_are_refused(capsys):
