@@ -1,12 +1,14 @@
-"""benchmark/likelihood_lag.py against the same by hand, with the Jacobian by reverse mode."""
+"""benchmark/likelihood_lag.py and likelihood.py against the same by hand, with the Jacobian by reverse mode."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("rliable")
 import mfpo_continuous as mfpo
+from benchmark import likelihood
 from benchmark import likelihood_lag as lag
 
 
@@ -58,3 +60,25 @@ def test_without_a_learning_rate_the_network_stays_as_it_was(run, monkeypatch, c
     with pytest.raises(SystemExit):
         lag.main(lag.Args([run], variants=("mop",)))
     assert "--variants has mop; there are none at all" in capsys.readouterr().err
+
+
+def test_series_against_numpy_at_each_state():
+    torch.manual_seed(0)
+    agent = mfpo.Agent(4, 3, mfpo.Args(policy_batch_size=4), torch.device("cpu"))
+    obs, noise = torch.randn(5, 4), torch.randn(5, 3)
+    actor = agent.actor
+    found = likelihood.series(agent, obs, noise)
+    x = noise
+    for row, (r, t) in zip(found, ((0.5, 1.0), (0.0, 0.5)), strict=True):
+        radii, errors = [], []
+        r, t = torch.tensor([r]), torch.tensor([t])
+        for s, a in zip(obs, x, strict=True):
+            matrix = torch.autograd.functional.jacobian(lambda a, s=s, r=r, t=t: actor(s, a, r, t) / 2, a).numpy()
+            radii.append(abs(np.linalg.eigvals(matrix)).max())
+            cut = -sum(np.trace(np.linalg.matrix_power(matrix, k)) / k for k in range(1, 6))
+            errors.append(abs(cut - np.linalg.slogdet(np.eye(3) - matrix)[1]))
+        assert row["t"] == t
+        assert row["radius, median"] == pytest.approx(np.median(radii), rel=1e-3)
+        assert row["radius, largest"] == pytest.approx(max(radii), rel=1e-3)
+        assert row["5 terms"] == pytest.approx(np.mean(errors), rel=1e-2, abs=1e-6)
+        x = (x - actor(obs, x, r, t) / 2).detach()
