@@ -51,7 +51,8 @@ from benchmark.rounds import answer_rounds, seconds_per_call  # noqa: E402
 
 MODES = ("eager", "graph", "compiled")  # of our scripts; any other name is a peer's
 COMPILED = {"cpp_wrapper": True}  # for torch.compile: between the kernels, too, there is C++ and not Python
-SHAPES = {"Hopper": (11, 3), "Humanoid": (376, 17), "Dog": (223, 38)}  # Dog: of DeepMind Control, 38 actions
+# Dog is of DeepMind Control; H1Hand, which is not timed by default, is HumanoidBench's humanoid with its hands.
+SHAPES = {"Hopper": (11, 3), "Humanoid": (376, 17), "Dog": (223, 38), "H1Hand": (151, 61)}
 
 
 @dataclass
