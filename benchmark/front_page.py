@@ -26,11 +26,11 @@ from benchmark.report import COLORS, DASHES  # noqa: E402
 RESULTS = ROOT / "benchmark/results"
 TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
-OURS = {  # method: the exp_name of its runs in each file
-    "MFPO": {f"mfpo_100k{i}.csv": "mfpo-K4-8-init32" for i in ("", "2", "3")},
-    "SMFP": {"mujoco_cpu2.csv": "smfp-crossq", "smfp_100k.csv": "smfp-crossq"},
-    "SAC, `--critic crossq`": {"sac_crossq.csv": "sac-crossq"},
-    "SAC": {"mujoco_cpu.csv": "sac", "mujoco_cpu2.csv": "sac"},
+OURS = {  # method: the exp_names of its runs in each file
+    "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
+    "SMFP": {"smfp_default.csv": ("smfp", "smfp-alpha0.1")},
+    "SAC, `--critic crossq`": {"sac_crossq.csv": ("sac-crossq",)},
+    "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
 PUBLISHED = {"SAC": "sac_continuous", "CrossQ": "crossq", "SMFP": "smfp_continuous"}
 Curves = dict[str, dict[str, dict[int, dict[int, float]]]]
@@ -41,11 +41,11 @@ def read_curves() -> Curves:
     """Ours, up to STEP. Raises ValueError where two files have different runs of one method, task and seed."""
     curves = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for method, files in OURS.items():
-        for file, exp_name in files.items():
+        for file, exp_names in files.items():
             with open(RESULTS / "learning_curves" / file) as rows:
                 for row in csv.DictReader(rows):
                     step = int(row["step"])
-                    if (row["exp_name"], row["metric"]) == (exp_name, "eval") and step <= STEP:
+                    if row["exp_name"] in exp_names and row["metric"] == "eval" and step <= STEP:
                         curve, value = curves[method][row["env_id"]][int(row["seed"])], float(row["value"])
                         if curve.setdefault(step, value) != value:
                             raise ValueError(f"{file} has another run of {method}, {row['env_id']}, {row['seed']}")
