@@ -55,11 +55,15 @@ def test_the_front_pages_table_is_that_of_the_results():
     assert steps == [20, 30] and values.tolist() == [[2.0, 3.0], [6.0, 7.0]]
 
 
-def test_the_front_page_counts_the_lines_of_the_scripts():
-    found = re.findall(r"^\| `(\w+\.py)` .*? ([\d,]+) \| [\d,]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_front_pages_first_table_has_the_scripts_lines_and_the_results_returns():
+    pattern = r"^\| `((\w+)_continuous.py)` .*? ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$"
+    found = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = (RESULTS / "learning_curves/front_page.md").read_text()
+    heads, _, *rows = (line.split(" | ") for line in table.splitlines())
     assert len(found) == 3
-    for file, lines in found:
+    for file, method, lines, *returns in found:
         assert int(lines.replace(",", "")) == len((ROOT / file).read_text().splitlines()), file
+        assert returns == [row[heads.index(method.upper())] for row in rows[:2]]  # HalfCheetah and Hopper
 
 
 @pytest.mark.parametrize("script", ["sac_continuous", "smfp_continuous", "mfpo_continuous"])
