@@ -18,6 +18,7 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
     "${flags[@]}" 20000
 "${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
     "mfpo-256x4-8: mfpo_continuous --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
+    "mfpo-recipe-frequency2: $recipe --policy-frequency 2" \
     "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
     --out benchmark/results/ablations/mfpo_parts

@@ -18,7 +18,8 @@ python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 tests.multigoal
     "mfpo-map: $mfpo --likelihood map" \
     "mfpo-exact: $mfpo --likelihood exact" \
     "mfpo-exact-pooled: $mfpo --likelihood exact --combination pooled" \
-    -- --no-autotune --alpha 1 --learning-starts 500 --total-timesteps 20500 --eval-frequency 0 --checkpoint-frequency 0
+    -- --no-autotune --alpha 1 --learning-starts 500 --total-timesteps 20500 --eval-frequency 0 --checkpoint-frequency 0 \
+    --compile
 for task in MultiGoal UnequalGoals; do
     python benchmark/density.py runs/multigoal/*"$task"* --out "benchmark/results/modes/learned_$task"
 done
