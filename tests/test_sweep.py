@@ -109,13 +109,14 @@ def test_every_run_is_made_once_and_one_that_is_killed_is_resumed(tmp_path, monk
 
 
 def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
-    line = words(["a: sac_continuous", "b: sac_continuous", "c: sac_continuous"], [1], 400)
+    line = words(["a: sac_continuous", "b: sac_continuous", "c: sac_continuous"], [1], 800)
     process = start(tmp_path, line)
     running = {}
     while len(running) < 2:
         name, pid = wait_for_checkpoint(tmp_path, process, but=running)
         running[name] = pid
-        time.sleep(0.2)  # past the step of that checkpoint, of 400
+        while saved(tmp_path, f"{name}__1")["global_step"] == 40:  # that of the first checkpoint
+            time.sleep(0.01)
         os.kill(pid, signal.SIGSTOP)  # or it might be complete before the sweep is stopped
     assert processes(tmp_path) == running
     for pid in running.values():
@@ -136,12 +137,12 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
     steps = {name: saved(tmp_path, f"{name}__1")["global_step"] for name in running}
     for name, step in steps.items():
         log = (tmp_path / "runs" / ".sweep" / f"tests.faulty-Walk-v0__{name}__1.log").read_text()
-        assert 40 < step < 400 and f"stopped at step {step}; from step {step}" in log
+        assert 40 < step < 800 and f"stopped at step {step}; from step {step}" in log
     code, out = sweep(tmp_path, line)
     assert code == 0, out
     for name, step in steps.items():
-        assert f"tests.faulty-Walk-v0__{name}__1  waiting   step {step}/400" in out, out
-    assert [saved(tmp_path, f"{name}__1")["global_step"] for name in "abc"] == [400] * 3
+        assert f"tests.faulty-Walk-v0__{name}__1  waiting   step {step}/800" in out, out
+    assert [saved(tmp_path, f"{name}__1")["global_step"] for name in "abc"] == [800] * 3
 
 
 def is_pending(pid, number):
