@@ -96,7 +96,7 @@ class OutputArgs:
 class TrainingArgs:
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics' moving average
+    tau: float = 0.005  # step of the target critics' moving average, where there are any
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
 
@@ -117,7 +117,7 @@ class MethodArgs:
     num_atoms: int = 101  # atoms of C51's distributions (paper), or the number of quantiles
     v_min: float = -1600.0  # smallest atom of C51's (paper)
     v_max: float = 1600.0  # largest atom of C51's (paper)
-    critic_init_std: float | None = None  # new C51 critics' standard deviation about 0; None: uniform (paper)
+    critic_init_std: float | None = None  # new C51 critics' standard deviation about 0, roughly; None: uniform (paper)
     policy_frequency: int = 1  # updates of the critics per update of everything else (paper)
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 0.01  # the temperature, or its first value when it is learned (paper)
@@ -309,11 +309,9 @@ def meanflow_loss(average, *, x_t, r, t, velocity, instantaneous) -> torch.Tenso
 def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
     """Value of a vector field at x (B, d) and the Skilling-Hutchinson estimate (B, 1) of its divergence.
 
-    The estimate is the mean of e . (J e) over probes e (N, B, d) of zero mean and unit covariance. One forward-mode
-    product serves all probes, so `field` must take (N, B, d).
+    The estimate is the mean of e . (J e) over probes e (N, B, d) of zero mean and unit covariance.
     """
-    x = x.expand_as(probes).clone()  # cloned, because jvp takes no expanded tensor
-    values, products = torch.func.jvp(field, (x,), (probes,))
+    values, products = torch.func.vmap(lambda e: torch.func.jvp(field, (x,), (e,)))(probes)
     return values[0], (probes * products).sum(-1, keepdim=True).mean(0)
 
 
@@ -347,15 +345,11 @@ def policy_log_weights(q, log_prob, x_t, actions, t, alpha) -> torch.Tensor:
     return q / alpha + standard_normal_log_prob(z) - x_t.shape[-1] * t.log() - log_prob
 
 
-def gaussian_log_weights(q, x_t, t, alpha) -> torch.Tensor:
-    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / p(a_k) for a_k from the truncated Gaussian; shape (B, K).
-
-    Its density p is the kernel N over its integral in the box, so only that integral is left. It is the same for all k.
-    q (B, K), x_t (B, d), t (B, 1).
-    """
+def gaussian_log_mass(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """log of the integral (B, 1) of the kernel N(x_t; (1 - t) a, t^2 I) over all a in the box; x_t (B, d), t (B, 1)."""
     low, high = cdf_of_box((x_t / (1 - t)).double(), (t / (1 - t)).double())
     mass = (high - low).clamp(min=1e-300)  # (B, d), of the Gaussian in [-1, 1]
-    return q / alpha + (mass / (1 - t)).log().sum(-1, keepdim=True).float()
+    return (mass / (1 - t)).log().sum(-1, keepdim=True).float()
 
 
 def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.Tensor, t: torch.Tensor):
@@ -423,7 +417,8 @@ class Agent(nn.Module):
         # Not persistent: a run that goes on with another support must not get the old one back.
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)
         if args.critic_init_std is not None:
-            # The softmax of this bias is Student's t with 3 degrees of freedom and standard deviation critic_init_std.
+            # The softmax of this bias is Student's t with 3 degrees of freedom and standard deviation critic_init_std,
+            # which is less where the support cuts it or the atoms are wider apart.
             for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
                 nn.init.zeros_(output.weight)
                 output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
@@ -499,15 +494,14 @@ class Agent(nn.Module):
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
             a_next = a_next.clamp(-1, 1)
-            targets = [
+            (target1, mean1), (target2, mean2) = (
                 self.critic_target(qf(next_obs, a_next), rewards, terminations, alpha * next_log_prob)
                 for qf in (self.qf1_target, self.qf2_target)
-            ]
+            )
             if args.clipped_double_q:
-                mean1, mean2 = (x @ self.atoms if args.critic == "c51" else x.mean(-1) for x in targets)
-                target = torch.where((mean1 < mean2)[:, None], *targets)
+                target = torch.where((mean1 < mean2)[:, None], target1, target2)
             else:  # the two distributions' mixture
-                target = sum(targets) / 2 if args.critic == "c51" else torch.cat(targets, -1)
+                target = (target1 + target2) / 2 if args.critic == "c51" else torch.cat([target1, target2], -1)
         outputs = torch.stack([self.qf1(obs, actions), self.qf2(obs, actions)])  # (2, B, N)
         qf1_loss, qf2_loss = (self.critic_loss(x, target) for x in outputs)
         self.q_optimizer.zero_grad()
@@ -533,8 +527,8 @@ class Agent(nn.Module):
             metrics["diagnostics/q_std"] = outputs.std(-1, correction=0).mean()
         return metrics
 
-    def critic_target(self, outputs, rewards, terminations, entropy_term) -> torch.Tensor:
-        """The critics' target, from a target critic's outputs (B, N) at s', a' and alpha log pi(a'|s') (B,).
+    def critic_target(self, outputs, rewards, terminations, entropy_term) -> tuple[torch.Tensor, torch.Tensor]:
+        """The critics' target and its mean (B,), from a target critic's outputs (B, N) and alpha log pi (B,) at s', a'.
 
         It is r + gamma (1 - terminated) (z - alpha log pi), z being the return after s'. For C51 z are the atoms, and
         what is returned are their probabilities (B, N), projected back onto the support. For the other critics it is
@@ -543,8 +537,9 @@ class Agent(nn.Module):
         z = self.atoms if self.args.critic == "c51" else outputs
         z = rewards[:, None] + self.args.gamma * (1 - terminations)[:, None] * (z - entropy_term[:, None])
         if self.args.critic == "c51":
-            return project_categorical(outputs.softmax(-1), z, self.args.v_min, self.args.v_max)
-        return z
+            probs = project_categorical(outputs.softmax(-1), z, self.args.v_min, self.args.v_max)
+            return probs, probs @ self.atoms
+        return z, z.mean(-1)
 
     def critic_loss(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The mean loss of a critic's outputs (B, N) against `critic_target`'s result, or a mixture of two of them."""
@@ -596,18 +591,19 @@ class Agent(nn.Module):
         a_0 = from_policy[:, 0]  # x_t is the first policy proposal, noised
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
-        # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box. It cancels from the weights.
+        # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box.
         from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
 
         q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
         q_policy, q_gaussian = q.split([args.policy_proposals, args.gaussian_proposals], 1)
-        w_policy = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
-        w_gaussian = gaussian_log_weights(q_gaussian, x_t, t, alpha)
-        v_policy, ess_policy = snis_velocity(w_policy, x_t, from_policy, t)
-        v_gaussian, ess_gaussian = snis_velocity(w_gaussian, x_t, from_gaussian, t)
+        log_w_policy = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
+        log_w_gaussian = q_gaussian / alpha  # the kernel cancels, but for its mass in the box, the same for all k
+        v_policy, ess_policy = snis_velocity(log_w_policy, x_t, from_policy, t)
+        v_gaussian, ess_gaussian = snis_velocity(log_w_gaussian, x_t, from_gaussian, t)
         policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, 1)
         if args.combination == "pooled":  # each estimate's share of the sum of all weights
-            policy_weight = (w_policy.logsumexp(1, True) - w_gaussian.logsumexp(1, True)).sigmoid()
+            log_sum_gaussian = log_w_gaussian.logsumexp(1, True) + gaussian_log_mass(x_t, t)
+            policy_weight = (log_w_policy.logsumexp(1, True) - log_sum_gaussian).sigmoid()
         if args.proposals != "both":
             policy_weight = torch.full_like(policy_weight, float(args.proposals == "policy"))
         velocity = policy_weight * v_policy + (1 - policy_weight) * v_gaussian
@@ -639,8 +635,8 @@ class Agent(nn.Module):
         steps = self.args.sampling_steps
         with torch.no_grad():
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
-            x, r, t = (torch.stack(values) for values in zip(*self.sampler(obs, noise)[1], strict=True))
-            r, t = r[:, None], t[:, None]  # (T, 1, 1); x is (T, B, d)
+            x, r, t = map(torch.stack, zip(*self.sampler(obs, noise)[1], strict=True))  # (T, B, d), (T, 1), (T, 1)
+            r, t = r[:, None], t[:, None]
             target = -steps * log_abs_det(lambda x: x - self.actor(obs, x, r, t) / steps, x)
         return ((self.divergence(obs, x, r, t).squeeze(-1) - target) ** 2).mean()
 
@@ -657,9 +653,10 @@ class Agent(nn.Module):
         gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
         random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
-        probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)  # new critics have 2 / num_atoms at the edges
-        if self.args.critic == "c51" and (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:
-            warn(f"the critics' support [{self.args.v_min}, {self.args.v_max}] is too narrow; see --v-min and --v-max")
+        if self.args.critic == "c51":
+            probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)  # new critics have 2 / num_atoms at the edges
+            if (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:
+                warn(f"the critics' support [{self.args.v_min}, {self.args.v_max}] is too narrow; see --v-min, --v-max")
         scalars = {
             "diagnostics/flow_gap": gap.norm(dim=-1).mean().item(),
             "diagnostics/q_action_std": q.std(1).mean().item(),
@@ -962,10 +959,10 @@ class Run:
         A checkpoint waits for a step after which none runs (`longest` is 0), but at most as long again.
         """
         since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
-        if 0 < 2 * every <= since == longest:
+        overdue = 0 < 2 * every <= since
+        if overdue and longest == since:
             warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
-        ending = self.complete or self.stop_requested()
-        return ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
+        return self.complete or self.stop_requested() or overdue or (0 < every <= since and longest == 0)
 
     def save(self) -> None:
         """Write a checkpoint; if a weight is not finite, leave the last one and raise FloatingPointError."""
@@ -984,7 +981,7 @@ class Run:
 
     def load(self) -> None:
         """Take up what the folder's checkpoint holds; exits with code 2 if it does not fit."""
-        saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
+        saved, before = load_file(self.folder / "checkpoint.pt", "--resume")
         with refusing(f"--resume {self.folder} does not fit"):
             self.agent.load_state_dict(saved["agent"])
             if not self.args.autotune:  # the temperature is the flag's, as the learning rates are
@@ -996,8 +993,10 @@ class Run:
             device = self.agent.log_alpha.device
             self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
             self.global_step = self.saved_step = saved["global_step"]
-        # Not the saved number, so that after a change of --utd-ratio updates go on at the new rate from here.
-        self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
+        self.num_updates = saved["num_updates"]
+        if any(getattr(self.args, name) != getattr(before, name) for name in ("learning_starts", "utd_ratio")):
+            # Updates go on from here at the new rate.
+            self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         if error and not isinstance(error, FloatingPointError) and self.global_step > (self.saved_step or 0):
@@ -1146,9 +1145,8 @@ def keep_freed_memory() -> None:
 
 LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
-LIMITS["diagnostics_frequency"] = (0, 1e30)
 LIMITS |= {name: (-1e30, 1e30) for name in ("rho", "v_min", "v_max")} | {"data_proportion": (0, 0.999)}
-LIMITS |= {"num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
+LIMITS |= {"diagnostics_frequency": (0, 1e30), "num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
 
 
 CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
@@ -1157,6 +1155,9 @@ CONFLICTS = {  # what is wrong with the flags, and a function of them that is tr
     "--policy-batch-size is above --batch-size; lower it": lambda args: (args.policy_batch_size or 0) > args.batch_size,
     "--likelihood none leaves no entropy to tune the temperature by; add --no-autotune and choose --alpha": (
         lambda args: args.likelihood == "none" and args.autotune
+    ),
+    "--combination pooled needs both proposals and a likelihood; leave --proposals or --likelihood out": (
+        lambda args: args.combination == "pooled" and (args.proposals != "both" or args.likelihood == "none")
     ),
 }
 
@@ -1182,6 +1183,8 @@ def check_args(args: Args) -> None:
         fail("--compile needs a working C++ compiler; install one, such as g++")
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
+    if args.total_timesteps <= args.learning_starts and args.evaluate is None:
+        warn(f"--total-timesteps {args.total_timesteps} is not above --learning-starts: nothing will be learned")
     if len(args.exp_name) > 100:
         fail(f"--exp-name is too long for a folder's name: {args.exp_name}")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
@@ -1203,11 +1206,15 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     flags, config = make_dataclass("Flags", kinds.items()), (tyro.conf.OmitArgPrefixes,)
     parsed = tyro.cli(flags, args=line, default=flags(**groups), description=description, config=config)
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    if args.resume is not None and args.evaluate is not None:
+        fail("--resume goes on with a run and --evaluate plays one; leave one of them out")
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
     if args.evaluate is not None and default is None:
         saved = load_file(args.evaluate, "--evaluate")[1]
         return parse_args(line, replace(saved, track=False, capture_video=False))
+    if default and args.critic != default.critic:
+        fail(f"--critic {args.critic}: the critics that were saved are --critic {default.critic}; leave the flag out")
     check_args(args)
     return args
 

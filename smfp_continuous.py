@@ -111,7 +111,7 @@ class OutputArgs:
 class TrainingArgs:
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics' moving average
+    tau: float = 0.005  # step of the target critics' moving average, where there are any
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
 
@@ -446,11 +446,11 @@ class Agent(nn.Module):
         # samples of y, which have sigma's noise in them: alone it would widen the policy.
         if args.meanflow_coef > 0:
             with torch.no_grad():
-                weights = torch.full(y_k.shape[:-1], 1 / args.latents, device=obs.device)
-                if args.mirror_descent_weights:
-                    q_k = self.q_value(obs[:, None], torch.tanh(y_k))
-                    log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
-                    weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
+                q_k = self.q_value(obs[:, None], torch.tanh(y_k))
+                log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
+                weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
+                if not args.mirror_descent_weights:  # towards the slow copy itself
+                    weights = torch.full_like(weights, 1 / args.latents)
                 y_0 = resample(y_k, weights)
                 eps = torch.randn_like(y_0)
                 t, r = sample_times(batch_size, args.data_proportion, obs.device)
@@ -783,10 +783,10 @@ class Run:
         A checkpoint waits for a step after which none runs (`longest` is 0), but at most as long again.
         """
         since, every = (self.global_step - self.restart_step) // self.args.num_envs, self.args.checkpoint_frequency
-        if 0 < 2 * every <= since == longest:
+        overdue = 0 < 2 * every <= since
+        if overdue and longest == since:
             warn(f"a checkpoint cut an episode after {since} steps; a higher --checkpoint-frequency lets it end")
-        ending = self.complete or self.stop_requested()
-        return ending or (0 < every <= since and (longest == 0 or since >= 2 * every))
+        return self.complete or self.stop_requested() or overdue or (0 < every <= since and longest == 0)
 
     def save(self) -> None:
         """Write a checkpoint; if a weight is not finite, leave the last one and raise FloatingPointError."""
@@ -805,7 +805,7 @@ class Run:
 
     def load(self) -> None:
         """Take up what the folder's checkpoint holds; exits with code 2 if it does not fit."""
-        saved, _ = load_file(self.folder / "checkpoint.pt", "--resume")
+        saved, before = load_file(self.folder / "checkpoint.pt", "--resume")
         with refusing(f"--resume {self.folder} does not fit"):
             self.agent.load_state_dict(saved["agent"])
             if not self.args.autotune:  # the temperature is the flag's, as the learning rates are
@@ -817,8 +817,10 @@ class Run:
             device = self.agent.log_alpha.device
             self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
             self.global_step = self.saved_step = saved["global_step"]
-        # Not the saved number, so that after a change of --utd-ratio updates go on at the new rate from here.
-        self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
+        self.num_updates = saved["num_updates"]
+        if any(getattr(self.args, name) != getattr(before, name) for name in ("learning_starts", "utd_ratio")):
+            # Updates go on from here at the new rate.
+            self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         if error and not isinstance(error, FloatingPointError) and self.global_step > (self.saved_step or 0):
@@ -967,8 +969,7 @@ def keep_freed_memory() -> None:
 
 LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
-LIMITS["diagnostics_frequency"] = (0, 1e30)
-LIMITS |= {name: (0, 1e30) for name in ("kl_coef", "meanflow_coef")}
+LIMITS |= {name: (0, 1e30) for name in ("diagnostics_frequency", "kl_coef", "meanflow_coef")}
 LIMITS |= {"rho": (-1e30, 1e30), "policy_tau": (1e-30, 1), "data_proportion": (0, 1)}
 CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
     "--target-candidates must not be above --latents": lambda args: args.target_candidates > args.latents,
@@ -996,6 +997,8 @@ def check_args(args: Args) -> None:
         fail("--compile needs a working C++ compiler; install one, such as g++")
     if args.total_timesteps < args.num_envs:
         fail(f"--total-timesteps {args.total_timesteps} is below --num-envs {args.num_envs}; raise it")
+    if args.total_timesteps <= args.learning_starts and args.evaluate is None:
+        warn(f"--total-timesteps {args.total_timesteps} is not above --learning-starts: nothing will be learned")
     if len(args.exp_name) > 100:
         fail(f"--exp-name is too long for a folder's name: {args.exp_name}")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
@@ -1017,11 +1020,15 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     flags, config = make_dataclass("Flags", kinds.items()), (tyro.conf.OmitArgPrefixes,)
     parsed = tyro.cli(flags, args=line, default=flags(**groups), description=description, config=config)
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    if args.resume is not None and args.evaluate is not None:
+        fail("--resume goes on with a run and --evaluate plays one; leave one of them out")
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
     if args.evaluate is not None and default is None:
         saved = load_file(args.evaluate, "--evaluate")[1]
         return parse_args(line, replace(saved, track=False, capture_video=False))
+    if default and args.critic != default.critic:
+        fail(f"--critic {args.critic}: the critics that were saved are --critic {default.critic}; leave the flag out")
     check_args(args)
     return args
 

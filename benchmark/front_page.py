@@ -32,7 +32,11 @@ OURS = {  # method: the exp_names of its runs in each file
     "SAC, `--critic crossq`": {"sac_crossq.csv": ("sac-crossq",)},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
-PUBLISHED = {"SAC": "sac_continuous", "CrossQ": "crossq", "SMFP": "smfp_continuous"}
+PUBLISHED = {  # name: (its script in published.csv, marker)
+    "SAC, published": ("sac_continuous", "s"),
+    "CrossQ, published": ("crossq", "o"),
+    "SMFP, authors' plots": ("smfp_continuous", "*"),
+}
 Curves = dict[str, dict[str, dict[int, dict[int, float]]]]
 """method: task: seed: step: evaluation return"""
 
@@ -53,11 +57,11 @@ def read_curves() -> Curves:
 
 
 def read_published() -> dict[str, dict[str, str]]:
-    """method: task: score at STEP, as `mean ± std` or `mean`."""
+    """name: task: score at STEP, as `mean ± std` or `mean`."""
     scores = defaultdict(dict)
     with open(RESULTS / "published.csv") as rows:
         for row in csv.DictReader(rows):
-            for method, script in PUBLISHED.items():
+            for method, (script, _) in PUBLISHED.items():
                 if row["script"] == script and f"after {STEP:,} steps" in row["source"]:
                     scores[method][row["env_id"]] = row["score"]
     return scores
@@ -79,7 +83,7 @@ def cell(seeds: dict[int, dict[int, float]]) -> str:
 
 def table(curves: Curves, published: dict[str, dict[str, str]]) -> str:
     """A row for each task, in Markdown."""
-    heads = [*OURS, *(f"{method}, published" for method in PUBLISHED)]
+    heads = [*OURS, *PUBLISHED]
     lines = [f"| | {' | '.join(heads)} |", "|-" * (len(heads) + 1) + "|"]
     for task in TASKS:
         cells = [cell(curves[method][task]) for method in OURS]
@@ -98,7 +102,7 @@ def picture(curves: Curves, published: dict[str, dict[str, str]]) -> plt.Figure:
                 axis.plot(steps, values.mean(0), color=color, linestyle=dash, linewidth=2)
                 if len(seeds) > 1:
                     axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-        for i, (method, marker) in enumerate(zip(PUBLISHED, "so*", strict=True)):
+        for i, (method, (_, marker)) in enumerate(PUBLISHED.items()):
             mean, _, std = published[method][task].partition(" ± ")
             x = STEP * (1.03 + 0.03 * i)
             axis.errorbar(x, float(mean), float(std or 0), fmt=marker, color="0.35", capsize=2, markersize=5)
@@ -114,9 +118,9 @@ def picture(curves: Curves, published: dict[str, dict[str, str]]) -> plt.Figure:
         plt.Line2D([], [], color=color, linestyle=dash, linewidth=2, label=method.replace("`", ""))
         for method, color, dash in zip(OURS, COLORS, DASHES, strict=False)
     ]
-    for method, marker in zip(PUBLISHED, "so*", strict=True):
-        who = "its authors" if method == "SMFP" else "ten seeds"
-        lines.append(plt.Line2D([], [], color="0.35", marker=marker, linestyle="", label=f"{method}, published, {who}"))
+    for method, (_, marker) in PUBLISHED.items():
+        label = method.replace("published", "ten published seeds")
+        lines.append(plt.Line2D([], [], color="0.35", marker=marker, linestyle="", label=label))
     axes.flat[-1].legend(handles=lines, loc="center", frameon=False)
     return figure
 

@@ -215,6 +215,7 @@ def test_an_environment_that_reuses_its_array_and_its_info_is_stored_as_one_that
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_exception_is_passed_on_after_a_checkpoint_of_the_last_whole_step(fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    updates = counted_updates(monkeypatch)
     with pytest.raises(Exception) as raised:
         sac.train(sac.parse_args(flags(env_id=fault)))
     assert f"{type(raised.value).__name__}: {raised.value}".startswith(FAULTS[fault])
@@ -225,7 +226,25 @@ def test_an_exception_is_passed_on_after_a_checkpoint_of_the_last_whole_step(fau
     said, again = note.split(f"; from step {step}: python {os.path.relpath(ROOT)}/sac_continuous.py ")
     assert said == f"after step {step} (seed 1)"
     sac.train(sac.parse_args([*again.split(), "--total-timesteps", "140"]))
-    assert checkpoint(tmp_path)["num_updates"] == 100
+    assert checkpoint(tmp_path)["num_updates"] == len(updates) == 100  # those of the failed step were done before it
+
+
+def counted_updates(monkeypatch):
+    """A list that grows by one with each update of SAC."""
+    updates, update = [], sac.Agent.update
+    monkeypatch.setattr(sac.Agent, "update", lambda *inputs, **flags: (updates.append(1), update(*inputs, **flags))[1])
+    return updates
+
+
+def test_a_run_that_is_resumed_before_its_first_update_makes_all_of_them(tmp_path, monkeypatch):
+    """Without random steps, those of the first step are owed until there is something to learn from."""
+    monkeypatch.chdir(tmp_path)
+    updates = counted_updates(monkeypatch)
+    line = ["--env-id", "Pendulum-v1", "--num-envs", "2", "--learning-starts", "0", "--eval-frequency", "0"]
+    sac.train(sac.parse_args([*line, "--total-timesteps", "2"]))
+    assert not updates
+    sac.train(sac.parse_args(["--resume", f"runs/{only_run(tmp_path).name}", "--total-timesteps", "6"]))
+    assert checkpoint(tmp_path)["num_updates"] == len(updates) == 6
 
 
 def test_an_exception_is_shown_with_its_traceback_and_below_it_how_to_go_on(tmp_path):
@@ -551,6 +570,28 @@ def test_a_temperature_that_is_fixed_in_a_resumed_run_is_the_flags(script, tmp_p
     assert checkpoint(tmp_path)["agent"]["log_alpha"].exp().item() == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_critics_of_another_kind_do_not_take_up_what_was_learned(script, tmp_path, monkeypatch, capsys):
+    """C51's critics and quantiles have the same shapes."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    module.train(module.parse_args([*flags(script, steps=45), "--save-model"]))
+    run = only_run(tmp_path)
+    other = {"sac_continuous": "crossq", "smfp_continuous": "sac", "mfpo_continuous": "quantile"}[script]
+    for saved in (["--resume", f"runs/{run.name}"], ["--evaluate", f"runs/{run.name}/model.pt"]):
+        with pytest.raises(SystemExit) as stop:
+            module.parse_args([*saved, "--critic", other])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"error: --critic {other}: the critics" in error
+
+
+def test_a_run_that_will_learn_nothing_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for steps, warned in ((40, True), (41, False)):
+        sac.parse_args([*flags(), "--learning-starts", "40", "--total-timesteps", str(steps)])
+        assert ("warning: --total-timesteps 40 is not above --learning-starts" in capsys.readouterr().out) == warned
+
+
 def test_a_resumed_run_has_the_support_that_it_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mfpo = importlib.import_module("mfpo_continuous")
@@ -720,6 +761,7 @@ BAD_LINES = """
 --evaluate '' | --evaluate
 --resume missing | --resume missing/checkpoint.pt cannot be used: FileNotFoundError
 --resume . | --resume checkpoint.pt cannot be used: FileNotFoundError
+--resume runs/a --evaluate b.pt | leave one of them out
 --track | pip install wandb
 --no-such-flag | --no-such-flag
 extra | extra
@@ -749,6 +791,8 @@ OWN_BAD_LINES = {
 --critic-init-std inf | --critic-init-std is inf
 --likelihood none | add --no-autotune
 --proposals none | Invalid choice
+--combination pooled --proposals gaussian | --combination pooled needs both proposals
+--combination pooled --likelihood none --no-autotune | --combination pooled needs both proposals
 """,
     "smfp_continuous": """
 --latents 0 | --latents is 0
@@ -772,7 +816,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 56, "mfpo_continuous": 17, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 57, "mfpo_continuous": 19, "smfp_continuous": 9}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))

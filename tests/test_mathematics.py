@@ -118,7 +118,7 @@ def test_the_gaussians_weight_has_the_kernels_integral_over_the_box(x_t, t):
     x = torch.tensor([[x_t, 0.2]])  # the second dimension alike, by SciPy's distribution function
     other = scipy.stats.norm(0.2 / (1 - t), t / (1 - t))
     expected = q / alpha + math.log(integral) + math.log((other.cdf(1) - other.cdf(-1)) / (1 - t))
-    found = mfpo.gaussian_log_weights(q, x, torch.tensor([[t]]), alpha)
+    found = q / alpha + mfpo.gaussian_log_mass(x, torch.tensor([[t]]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_all_proposals_pooled_come_nearer_to_quadrature_where_the_policy_misses_
     log_prob = torch.from_numpy(policy.logpdf(samples[0].numpy()))
     weights = [
         mfpo.policy_log_weights(values[0], log_prob, x, samples[0][..., None], time, 1.0),
-        mfpo.gaussian_log_weights(values[1], x, time, 1.0),
+        values[1] + mfpo.gaussian_log_mass(x, time),
     ]
     estimates = [mfpo.snis_velocity(w, x, a[..., None], time) for w, a in zip(weights, samples, strict=True)]
     share = (weights[0].logsumexp(1, True) - weights[1].logsumexp(1, True)).sigmoid()
@@ -689,7 +689,7 @@ def test_critics_that_learn_a_return_outside_their_support_are_warned_of_once(su
     for _ in range(2):
         agent.diagnostics(obs)
     out = capsys.readouterr().out
-    assert out.count("the critics' support [-1.0, 1.0] is too narrow; see --v-min and --v-max") == warned
+    assert out.count("the critics' support [-1.0, 1.0] is too narrow; see --v-min, --v-max") == warned
     assert out.count("warning") == warned
 
 
