@@ -23,6 +23,7 @@ CASES = [
 ]
 COMPILED = [
     ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2}),
+    ("mfpo_continuous", {"likelihood": "map", "critic": "quantile", "policy_batch_size": 16, "policy_frequency": 2}),
     ("smfp_continuous", {"latents": 2, "policy_frequency": 1, "autotune": True}),  # SAC has no part that it lacks
 ]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
