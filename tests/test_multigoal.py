@@ -101,11 +101,12 @@ def test_mfpo_goes_to_the_one_goal_that_there_is():
 
 
 def test_modes_trains_the_policy_alone_and_writes_what_it_finds(tmp_path, capsys):
-    modes.main(modes.Args(out=tmp_path / "modes", updates=2, variants=("SAC", "lambda = 1")))
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+    modes.main(modes.Args(out=tmp_path / "modes", updates=2, variants=("SAC", "SMFP, lambda = 1", "MFPO, map")))
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6
     with open(tmp_path / "modes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["task"] for row in rows] == ["MultiGoal-v0"] * 2 + ["UnequalGoals-v0"] * 2
+    assert [row["task"] for row in rows] == ["MultiGoal-v0"] * 3 + ["UnequalGoals-v0"] * 3
+    assert [(bool(row["sigma"]), bool(row["bias"])) for row in rows[:3]] == [(True, False)] * 2 + [(False, True)]
     for row in rows:
         shares = [float(value) for name, value in row.items() if name.startswith("goal ") and value]
         assert sum(shares) == pytest.approx(1, abs=1e-3) and 0 < float(row["total variation"]) < 1
