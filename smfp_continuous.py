@@ -1027,7 +1027,7 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     if args.evaluate is not None and default is None:
         saved = load_file(args.evaluate, "--evaluate")[1]
         return parse_args(line, replace(saved, track=False, capture_video=False))
-    if default and args.critic != default.critic:
+    if (args.resume or args.evaluate) and args.critic != default.critic:
         fail(f"--critic {args.critic}: the critics that were saved are --critic {default.critic}; leave the flag out")
     check_args(args)
     return args
