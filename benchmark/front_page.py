@@ -28,8 +28,8 @@ TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
     "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
-    "SMFP": {"smfp_default.csv": ("smfp", "smfp-alpha0.1")},
-    "SAC, `--critic crossq`": {"sac_crossq.csv": ("sac-crossq",)},
+    "SMFP": {"smfp_default.csv": ("smfp", "smfp-alpha0.1"), "smfp_seed2.csv": ("smfp",)},
+    "SAC, `--critic crossq`": {"sac_crossq.csv": ("sac-crossq",), "sac_crossq2.csv": ("sac-crossq-alpha0.1",)},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
 PUBLISHED = {  # name: (its script in published.csv, marker)
