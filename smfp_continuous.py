@@ -446,11 +446,12 @@ class Agent(nn.Module):
         # samples of y, which have sigma's noise in them: alone it would widen the policy.
         if args.meanflow_coef > 0:
             with torch.no_grad():
-                q_k = self.q_value(obs[:, None], torch.tanh(y_k))
-                log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
-                weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
-                if not args.mirror_descent_weights:  # towards the slow copy itself
-                    weights = torch.full_like(weights, 1 / args.latents)
+                if args.mirror_descent_weights:
+                    q_k = self.q_value(obs[:, None], torch.tanh(y_k))
+                    log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
+                    weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
+                else:  # towards the slow copy itself
+                    weights = torch.full(y_k.shape[:-1], 1 / args.latents, device=obs.device)
                 y_0 = resample(y_k, weights)
                 eps = torch.randn_like(y_0)
                 t, r = sample_times(batch_size, args.data_proportion, obs.device)
