@@ -52,6 +52,18 @@ def unfilled_memory(module) -> None:
     module.set_up_torch = set_up_and_fill
 
 
+def onednn(module) -> None:
+    """Without: PyTorch's default library, MKL, multiplies matrices on AMD's processors, too."""
+    set_up = module.set_up_torch
+
+    def set_up_and_reset(args):
+        device = set_up(args)
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        return device
+
+    module.set_up_torch = set_up_and_reset
+
+
 def states_by_parts(module) -> None:
     """Put in: MFPO's velocity estimate takes 64 states at a time, for the sake of the processor's cache."""
     whole = module.Agent.estimate_velocity
@@ -92,6 +104,7 @@ CHANGES = {
         keep_freed_memory,
         fused_adam,
         unfilled_memory,
+        onednn,
         states_by_parts,
         elementary_layer_norm,
         fused_bias,

@@ -11,9 +11,9 @@ with() { # SCRIPT CHANGE: a script with one that was tried and not kept
     peers+=(--peer "$1_continuous:with $2=python benchmark/changed.py $1_continuous $2")
 }
 for script in mfpo smfp; do
-    for change in concat_linear keep_freed_memory fused_adam unfilled_memory; do without $script $change; done
+    for change in concat_linear keep_freed_memory fused_adam unfilled_memory onednn; do without $script $change; done
 done
-for change in fused_adam unfilled_memory; do without sac $change; done
+for change in fused_adam unfilled_memory onednn; do without sac $change; done
 with mfpo states_by_parts
 with mfpo elementary_layer_norm
 eager=("${peers[@]}") peers=()
