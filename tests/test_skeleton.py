@@ -350,8 +350,9 @@ def test_what_the_scripts_share_is_byte_identical():
         main = text[text.index("if __name__") :].replace("    keep_freed_memory()\n", "")
         pieces.append([imports, *definitions, main])
     assert pieces[0] == pieces[1] == pieces[2]
-    critic_values = [re.search(r" def critic_values.*?\n\n", texts[x], re.S)[0] for x in texts if "mfpo" not in x]
-    assert len(critic_values) == 2 and len(set(critic_values)) == 1  # SAC's and SMFP's
+    crossq = [re.search(r"class BatchRenorm.*?\n\n\n", text, re.S)[0] for text in texts.values() if "crossq" in text]
+    crossq += [re.search(r" def critic_values.*?\n\n", text, re.S)[0] for text in texts.values() if "crossq" in text]
+    assert len(crossq) == 4 and len(set(crossq)) == 2  # SAC's and SMFP's
 
 
 @pytest.mark.parametrize("script", MODULES)
