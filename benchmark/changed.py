@@ -40,28 +40,26 @@ def fused_adam(module) -> None:
     torch.optim.Adam = lambda *arguments, **options: adam(*arguments, **options | {"fused": False, "capturable": False})
 
 
-def unfilled_memory(module) -> None:
-    """Without: each new tensor is filled, as PyTorch's deterministic mode does by default."""
+def set_after_set_up(module, owner, name: str, value) -> None:
+    """Let `owner.name` be `value` once the script has set PyTorch up."""
     set_up = module.set_up_torch
 
-    def set_up_and_fill(args):
+    def set_up_and_set(args):
         device = set_up(args)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        setattr(owner, name, value)
         return device
 
-    module.set_up_torch = set_up_and_fill
+    module.set_up_torch = set_up_and_set
+
+
+def unfilled_memory(module) -> None:
+    """Without: each new tensor is filled, as PyTorch's deterministic mode does by default."""
+    set_after_set_up(module, torch.utils.deterministic, "fill_uninitialized_memory", True)
 
 
 def onednn(module) -> None:
     """Without: PyTorch's default library, MKL, multiplies matrices on AMD's processors, too."""
-    set_up = module.set_up_torch
-
-    def set_up_and_reset(args):
-        device = set_up(args)
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        return device
-
-    module.set_up_torch = set_up_and_reset
+    set_after_set_up(module, torch.backends.mkldnn.matmul, "fp32_precision", "ieee")
 
 
 def states_by_parts(module) -> None:

@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
-few="mfpo_continuous --policy-batch-size 64 --policy-frequency 2"
+rarely="mfpo_continuous --policy-frequency 2"
+few="$rarely --policy-batch-size 64"
 quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the networks
 recipe="$few --likelihood map $quantile"
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
@@ -17,7 +18,7 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
     "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
     "${flags[@]}" 20000
 "${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
-    "mfpo-256x4-8: mfpo_continuous --policy-frequency 2 --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
+    "mfpo-256x4-8: $rarely --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
     "mfpo-recipe-frequency1: $recipe --policy-frequency 1" \
     "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
