@@ -29,7 +29,7 @@ STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
     "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
     "SMFP": {"smfp_default.csv": ("smfp", "smfp-alpha0.1"), "smfp_seed2.csv": ("smfp",)},
-    "SAC, `--critic crossq`": {"sac_crossq.csv": ("sac-crossq",), "sac_crossq2.csv": ("sac-crossq-alpha0.1",)},
+    "SAC, `--critic crossq`": {f"sac_crossq{i}.csv": ("sac-crossq-alpha0.1",) for i in "23"},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
 PUBLISHED = {  # name: (its script in published.csv, marker)
