@@ -25,6 +25,7 @@ import smfp_continuous
 from benchmark.density import figures, histogram
 from tests.multigoal import TASKS, ExactQ, boltzmann
 
+UNIFORM = "--time-distribution uniform --data-proportion 0.25"
 POLICIES = {  # name: script and flags
     "SAC": (sac_continuous, ""),  # SMFP has M = 5, lambda = 1 and c = 1 unless named
     "SMFP, lambda = 1": (smfp_continuous, "--kl-coef 1"),
@@ -43,10 +44,8 @@ POLICIES = {  # name: script and flags
     "MFPO, map, pooled": (mfpo_continuous, "--likelihood map --combination pooled"),
     "MFPO, exact, pooled": (mfpo_continuous, "--likelihood exact --combination pooled"),
     "MFPO, Gaussian proposal alone": (mfpo_continuous, "--likelihood map --proposals gaussian"),
-    "MFPO, map, uniform times": (
-        mfpo_continuous,
-        "--likelihood map --time-distribution uniform --data-proportion 0.25",
-    ),
+    "MFPO, map, uniform times": (mfpo_continuous, f"--likelihood map {UNIFORM}"),
+    "MFPO, map, pooled, uniform times": (mfpo_continuous, f"--likelihood map --combination pooled {UNIFORM}"),
 }
 
 
