@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MFPO where two cores must do. Fewer states instead of fewer proposals, critics without a support, and a likelihood of the
-# sampler's own steps. First what each of them does in 20,000 steps, then all of them on five tasks.
+# MFPO where two cores must do. Fewer states instead of fewer proposals, critics without a support, a likelihood of the
+# sampler's own steps, and times that are uniform. First what each of them does, then all of them on five tasks.
 #     bash benchmark/mfpo_recipe.sh         SEEDS="1 2" for more in the second part; restarted, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,23 +8,27 @@ read -ra seeds <<< "${SEEDS:-1}"
 rarely="mfpo_continuous --policy-frequency 2"
 few="$rarely --policy-batch-size 64"
 quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the networks
-recipe="$few --likelihood map $quantile"
+uniform="--time-distribution uniform --data-proportion 0.25"
+recipe="$few --likelihood map $quantile $uniform"
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
 also=(diagnostics/q_std diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha
     diagnostics/ess_policy diagnostics/ess_gaussian)
 
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
 "${sweep[@]}" --seeds 1 2 --env-ids HalfCheetah-v4 Walker2d-v4 --scripts "mfpo-recipe: $recipe" \
-    "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
+    "mfpo-c51: $few --likelihood map --critic-init-std 32 $uniform" \
+    "mfpo-mean: $few --likelihood map --critic mean $uniform" \
+    "mfpo-paper-times: $few --likelihood map $quantile" \
     "${flags[@]}" 20000
-"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
-    "mfpo-256x4-8: $rarely --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
+"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile $uniform" \
+    "mfpo-256x4-8: $rarely --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile $uniform" \
     "mfpo-recipe-frequency1: $recipe --policy-frequency 1" \
     "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
     --out benchmark/results/ablations/mfpo_parts
 
-python benchmark/sweep.py --runs-dir runs/mfpo_recipe --seeds "${seeds[@]}" --scripts "mfpo-recipe: $recipe" \
-    --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
+sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_recipe --seeds "${seeds[@]}" --scripts "mfpo-recipe: $recipe")
+"${sweep[@]}" --env-ids HalfCheetah-v4 "${flags[@]}" 100000 --no-clipped-double-q # as in the paper
+"${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
 python benchmark/report.py runs/mfpo_recipe/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
     --out benchmark/results/learning_curves/mfpo_recipe
