@@ -665,7 +665,7 @@ def write_file(path: Path, content) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError, MemoryError) as error:  # torch.save has RuntimeErrors for a full disk
-        say(f"warning: {path} was not written ({type(error).__name__}: {error}); an earlier one is unchanged")
+        say(f"warning: {path} was not written ({type(error).__name__}: {error}); an earlier one, if any, is unchanged")
         with suppress(OSError):
             temporary.unlink()
         return False
