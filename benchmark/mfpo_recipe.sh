@@ -5,23 +5,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
-rarely="mfpo_continuous --policy-frequency 2"
-few="$rarely --policy-batch-size 64"
+mfpo="mfpo_continuous --policy-frequency 2 --time-distribution uniform --data-proportion 0.25"
+few="$mfpo --policy-batch-size 64"
 quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the networks
-uniform="--time-distribution uniform --data-proportion 0.25"
-recipe="$few --likelihood map $quantile $uniform"
+recipe="$few --likelihood map $quantile"
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
 also=(diagnostics/q_std diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha
     diagnostics/ess_policy diagnostics/ess_gaussian)
 
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
 "${sweep[@]}" --seeds 1 2 --env-ids HalfCheetah-v4 Walker2d-v4 --scripts "mfpo-recipe: $recipe" \
-    "mfpo-c51: $few --likelihood map --critic-init-std 32 $uniform" \
-    "mfpo-mean: $few --likelihood map --critic mean $uniform" \
-    "mfpo-paper-times: $few --likelihood map $quantile" \
+    "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
+    "mfpo-paper-times: $recipe --time-distribution logit_normal --data-proportion 0.75" \
     "${flags[@]}" 20000
-"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile $uniform" \
-    "mfpo-256x4-8: $rarely --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile $uniform" \
+"${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
+    "mfpo-256x4-8: $mfpo --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
     "mfpo-recipe-frequency1: $recipe --policy-frequency 1" \
     "${flags[@]}" 20000
 python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-recipe --every 1000 --also "${also[@]}" \
