@@ -512,7 +512,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if width.size == 0 or not 0 < width.min() <= width.max() < 1e30:
         fail(f"--env-id {env_id}: its actions are {actions}; they must be a bounded Box of d floats with low < high")
     if not observations.is_np_flattenable or len(observations.shape or ()) > 2:
-        fail(f"--env-id {env_id}: its observations are {observations}; they must be vectors")
+        fail(f"--env-id {env_id}: its observations are {observations}; they must be vectors, or flatten to one")
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     if render:
@@ -642,7 +642,7 @@ def train(args: Args) -> int:
     act, play = CudaGraph(agent.sample_actions, graphed), CudaGraph(agent.eval_actions, graphed)
     with Run(args, agent, buffer) as run:
         if args.capture_video:
-            videos = f"{run.folder}/videos_from_{run.global_step}"  # even numbers: eval, odd: eval_exploring
+            videos = f"{run.folder}/videos_from_{run.global_step}"  # two per evaluation: eval, eval_exploring
             eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
         obs = restart(envs, derive_seed(args.seed, run.global_step, 1))  # (num_envs, obs_dim)
         returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes
@@ -652,7 +652,8 @@ def train(args: Args) -> int:
             else:
                 actions = act(torch.from_numpy(obs).to(device)).cpu().numpy()
 
-            # The update is launched before the environments step: on a GPU the two then overlap.
+            # The update is launched before the environments step: on a GPU the two then overlap. (Without random steps
+            # the first step has nothing to learn from.)
             while buffer.added and run.num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 run.num_updates += 1
                 run.metrics |= learn(with_policy=run.num_updates % args.policy_frequency == 0)
@@ -684,6 +685,7 @@ def train(args: Args) -> int:
                 run.save()
                 if run.complete or run.stop_requested():
                     break
+                # As a resumed run does, which begins here with new episodes. So the two are equal.
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))
                 returns[:], lengths[:] = 0, 0
     for env in (*eval_envs, *envs):
@@ -701,7 +703,8 @@ class Run:
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
         self.args, self.agent, self.buffer = args, agent, buffer
         self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
-        self.saved_step, self.exit_code = None, 0  # 128 + the number of a signal that has asked the run to stop
+        self.saved_step = None  # of the last checkpoint
+        self.exit_code = 0  # or 128 + the number of the signal that has asked the run to stop
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.resume or f"runs/{name}")
         if not args.resume:
@@ -812,7 +815,7 @@ class Run:
             if not self.args.autotune:  # the temperature is the flag's, as the learning rates are
                 self.agent.log_alpha.fill_(math.log(self.args.alpha))
             for name, optimizer in optimizers(self.agent).items():
-                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a copy: `saved` is mapped to its file
+                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a mapped file keeps its disk space
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
             device = self.agent.log_alpha.device
@@ -829,7 +832,8 @@ class Run:
                 self.save()
         written, model = self.saved_step == self.global_step, self.folder / "model.pt"
         if self.complete and not error and self.args.save_model:
-            written &= write_file(model, lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
+            args = vars(self.args) | {"resume": None}
+            written &= write_file(model, lambda: {"args": args, "agent": self.agent.state_dict()})
         with suppress(OSError):
             self.writer.close()
         os.close(self.lock)
@@ -863,9 +867,12 @@ def write_file(path: Path, content) -> bool:
         return False
 
 
-def load_file(path: str | Path, flag: str) -> tuple[dict, Args]:
-    """A saved file's content, on the CPU, and its arguments. Runs no code from it; exits with code 2 if unusable."""
-    with refusing(f"{flag} {path} cannot be used"):
+def load_file(path: str | Path, what: str) -> tuple[dict, Args]:
+    """A saved file's content, on the CPU, and its arguments. Runs no code from it.
+
+    Exits with code 2 if it is unusable; `what` begins the message.
+    """
+    with refusing(f"{what} {path} cannot be used"):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -892,7 +899,10 @@ def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
 
 
 def derive_seed(*key: int) -> int:
-    """A seed below 2^31 for one purpose at one step, so that nothing depends on how many numbers were drawn before."""
+    """A seed below 2^31 for one purpose at one step, so that nothing depends on how many numbers were drawn before.
+
+    In `train` the key is (seed, step, purpose): 0 is an evaluation, 1 a restart, 2 are diagnostics.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
@@ -1031,7 +1041,7 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
     if args.evaluate is not None and default is None:
         saved = load_file(args.evaluate, "--evaluate")[1]
-        return parse_args(line, replace(saved, track=False, capture_video=False))
+        return parse_args(line, replace(saved, resume=None, track=False, capture_video=False))
     if (args.resume or args.evaluate) and args.critic != default.critic:
         fail(f"--critic {args.critic}: the critics that were saved are --critic {default.critic}; leave the flag out")
     check_args(args)

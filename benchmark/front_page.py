@@ -2,7 +2,8 @@
 
     python benchmark/front_page.py
 
-Writes benchmark/results/learning_curves/front_page.md and front_page.png; the table is copied into README.md by hand.
+Writes benchmark/results/learning_curves/front_page.md and front_page.png; the table is copied by hand
+into README.md and benchmark/results/learning_curves/README.md.
 Curves are evaluation returns: of SAC's mean action, of the best of ten actions in MFPO and SMFP. Where a task has
 several seeds, they are averaged at the steps that all have. Needs `pip install -r requirements-dev.txt`.
 """
@@ -27,13 +28,13 @@ RESULTS = ROOT / "benchmark/results"
 TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
-    "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
+    "MFPO": {"mfpo_uniform.csv": ("mfpo-uniform",), "mfpo_recipe.csv": ("mfpo-recipe",)},
     "SMFP": {
         "smfp_default.csv": ("smfp", "smfp-alpha0.1"),
         "smfp_humanoid.csv": ("smfp",),
         "smfp_seed2.csv": ("smfp",),
     },
-    "SAC, `--critic crossq`": {f"sac_crossq{i}.csv": ("sac-crossq-alpha0.1",) for i in "23"},
+    "SAC, CrossQ's critics": {f"sac_crossq{i}.csv": ("sac-crossq-alpha0.1",) for i in "23"},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
 STOPPED = {("smfp_default.csv", "Humanoid-v4")}  # file and task; the seed's complete run is in another file
@@ -121,7 +122,7 @@ def picture(curves: Curves, published: dict[str, dict[str, str]]) -> plt.Figure:
     figure.supylabel("evaluation return", fontsize="medium")
     axes.flat[-1].axis("off")
     lines = [
-        plt.Line2D([], [], color=color, linestyle=dash, linewidth=2, label=method.replace("`", ""))
+        plt.Line2D([], [], color=color, linestyle=dash, linewidth=2, label=method)
         for method, color, dash in zip(OURS, COLORS, DASHES, strict=False)
     ]
     for method, (_, marker) in PUBLISHED.items():

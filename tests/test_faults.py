@@ -571,6 +571,26 @@ def test_a_temperature_that_is_fixed_in_a_resumed_run_is_the_flags(script, tmp_p
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_resumed_run_saves_can_be_evaluated_and_resumed(script, tmp_path, monkeypatch, capsys):
+    """Also a model.pt that names the run which it was resumed from, as older versions wrote it."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(script)
+    module.train(module.parse_args(flags(script, steps=45)))
+    run = f"runs/{only_run(tmp_path).name}"
+    module.train(module.parse_args(["--resume", run, "--total-timesteps", "50", "--save-model"]))
+    saved = torch.load(f"{run}/model.pt")
+    assert saved["args"]["resume"] is None
+    torch.save(saved | {"args": saved["args"] | {"resume": run}}, f"{run}/older.pt")
+    capsys.readouterr()
+    for name in ("model.pt", "older.pt", "checkpoint.pt"):
+        module.evaluate_saved(module.parse_args(["--evaluate", f"{run}/{name}", "--eval-episodes", "1"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[:2] == lines[2:4] == lines[4:]  # the same weights in all three
+    module.train(module.parse_args(["--resume", run, "--total-timesteps", "55"]))
+    assert checkpoint(tmp_path)["global_step"] == 55
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_critics_of_another_kind_do_not_take_up_what_was_learned(script, tmp_path, monkeypatch, capsys):
     """C51's critics and quantiles have the same shapes."""
     monkeypatch.chdir(tmp_path)
@@ -789,6 +809,8 @@ OWN_BAD_LINES = {
 --critic-init-std 0 | --critic-init-std is 0
 --critic-init-std 1e-18 | --critic-init-std is 1e-18
 --critic-init-std inf | --critic-init-std is inf
+--critic-init-std 32 --critic quantile | --critic-init-std is for --critic c51; leave it out
+--policy-batch-size 300 | --policy-batch-size is above --batch-size; lower it
 --likelihood none | add --no-autotune
 --proposals none | Invalid choice
 --combination pooled --proposals gaussian | --combination pooled needs both proposals
@@ -816,7 +838,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 57, "mfpo_continuous": 19, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 57, "mfpo_continuous": 21, "smfp_continuous": 9}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))
