@@ -28,7 +28,8 @@ RESULTS = ROOT / "benchmark/results"
 TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
-    "MFPO": {"mfpo_uniform.csv": ("mfpo-uniform",), "mfpo_recipe.csv": ("mfpo-recipe",)},
+    "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
+    "MFPO, recipe": {"mfpo_uniform.csv": ("mfpo-uniform",), "mfpo_recipe.csv": ("mfpo-recipe",)},
     "SMFP": {
         "smfp_default.csv": ("smfp", "smfp-alpha0.1"),
         "smfp_humanoid.csv": ("smfp",),

@@ -53,7 +53,7 @@ TEXT = "hyperparameters/text_summary"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_continuous.py"))
 DEFAULTS = {x: {k: str(v) for k, v in vars(importlib.import_module(x).Args()).items()} for x in SCRIPTS}  # of the flags
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind safe
-DASHES = ["-", (0, (5, 1)), (0, (3, 0.8, 1, 0.8)), (0, (1.2, 0.6))]  # for those who see no colour
+DASHES = ["-", (0, (5, 1)), (0, (3, 0.8, 1, 0.8)), (0, (1.2, 0.6)), (0, (8, 1, 1, 1))]  # to tell lines without colour
 Cells = dict[tuple[str, str], list["Run"]]
 """(env_id, exp_name): its runs, sorted by seed"""
 
@@ -229,7 +229,7 @@ def short(number: float, _=None) -> str:
 def draw(panels: list[tuple[str, str, list]], ylabel: str, path: str) -> None:
     """PNG and SVG of panels (title, xlabel, lines); a line is exp_name, x (n,), y (n,), band (2, n) and seeds' x, y."""
     names = sorted({line[0] for *_, lines in panels for line in lines})
-    looks = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 4]} for i, name in enumerate(names)}
+    looks = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5]} for i, name in enumerate(names)}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     legend_rows = math.ceil(len(names) / columns)
