@@ -146,7 +146,7 @@ def test_all_proposals_pooled_come_nearer_to_quadrature_where_the_policy_misses_
     by_ess = sum(v * ess for v, ess in estimates) / sum(ess for _, ess in estimates)
     # One estimate from the two sets of samples; the mode that half of them miss still has too little.
     union, _ = mfpo.snis_velocity(torch.cat(weights, 1), x, torch.cat(samples, 1)[..., None], time)
-    torch.testing.assert_close(pooled, union, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pooled, union, rtol=0, atol=2e-5)  # float32 sums of 400,000 numbers
     assert abs(pooled.item() - exact) < 0.5 * abs(by_ess.item() - exact)
 
 
