@@ -701,7 +701,8 @@ class Run:
     """
 
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
-        self.args, self.agent, self.buffer = args, agent, buffer
+        self.args = replace(args, resume=None)  # as its files keep them: they do not say where the run was resumed
+        self.agent, self.buffer = agent, buffer
         self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
         self.saved_step = None  # of the last checkpoint
         self.exit_code = 0  # or 128 + the number of the signal that has asked the run to stop
@@ -805,7 +806,7 @@ class Run:
         state = {name: getattr(self, name) for name in ("global_step", "num_updates", "metrics")}
         state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers(self.agent).items()}
         state |= {"agent": self.agent.state_dict(), "buffer": self.buffer.state_dict()}
-        return state | {"args": vars(self.args) | {"resume": None}}
+        return state | {"args": vars(self.args)}
 
     def load(self) -> None:
         """Take up what the folder's checkpoint holds; exits with code 2 if it does not fit."""
@@ -815,7 +816,8 @@ class Run:
             if not self.args.autotune:  # the temperature is the flag's, as the learning rates are
                 self.agent.log_alpha.fill_(math.log(self.args.alpha))
             for name, optimizer in optimizers(self.agent).items():
-                state = copy.deepcopy(saved["optimizers"][name]["state"])  # a mapped file keeps its disk space
+                # A copy: while tensors are mapped to a file, its space on the disk stays taken.
+                state = copy.deepcopy(saved["optimizers"][name]["state"])
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
             device = self.agent.log_alpha.device
@@ -832,8 +834,7 @@ class Run:
                 self.save()
         written, model = self.saved_step == self.global_step, self.folder / "model.pt"
         if self.complete and not error and self.args.save_model:
-            args = vars(self.args) | {"resume": None}
-            written &= write_file(model, lambda: {"args": args, "agent": self.agent.state_dict()})
+            written &= write_file(model, lambda: {"args": vars(self.args), "agent": self.agent.state_dict()})
         with suppress(OSError):
             self.writer.close()
         os.close(self.lock)

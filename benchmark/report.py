@@ -229,7 +229,8 @@ def short(number: float, _=None) -> str:
 def draw(panels: list[tuple[str, str, list]], ylabel: str, path: str) -> None:
     """PNG and SVG of panels (title, xlabel, lines); a line is exp_name, x (n,), y (n,), band (2, n) and seeds' x, y."""
     names = sorted({line[0] for *_, lines in panels for line in lines})
-    looks = {name: {"color": COLORS[i % 7], "linestyle": DASHES[i % 5]} for i, name in enumerate(names)}
+    looks = zip(names, itertools.cycle(COLORS), itertools.cycle(DASHES), strict=False)
+    looks = {name: {"color": color, "linestyle": dash} for name, color, dash in looks}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     legend_rows = math.ceil(len(names) / columns)

@@ -132,8 +132,8 @@ def test_all_proposals_pooled_come_nearer_to_quadrature_where_the_policy_misses_
     rng, size = np.random.default_rng(0), 200_000
     policy = scipy.stats.truncnorm(-15, 5, 0.5, 0.1)  # on [-1, 1]
     kernel = scipy.stats.truncnorm((-1 - x_t / (1 - t)) / 1.5, (1 - x_t / (1 - t)) / 1.5, x_t / (1 - t), 1.5)
-    samples = [torch.from_numpy(p.rvs(size, random_state=rng)).float()[None] for p in (policy, kernel)]
-    x, time = torch.tensor([[x_t]]), torch.tensor([[t]])
+    samples = [torch.from_numpy(p.rvs(size, random_state=rng))[None] for p in (policy, kernel)]  # float64
+    x, time = torch.tensor([[x_t]]).double(), torch.tensor([[t]]).double()
     values = [torch.from_numpy(log_q(a.numpy())) for a in samples]
     log_prob = torch.from_numpy(policy.logpdf(samples[0].numpy()))
     weights = [
@@ -146,7 +146,7 @@ def test_all_proposals_pooled_come_nearer_to_quadrature_where_the_policy_misses_
     by_ess = sum(v * ess for v, ess in estimates) / sum(ess for _, ess in estimates)
     # One estimate from the two sets of samples; the mode that half of them miss still has too little.
     union, _ = mfpo.snis_velocity(torch.cat(weights, 1), x, torch.cat(samples, 1)[..., None], time)
-    torch.testing.assert_close(pooled, union, rtol=0, atol=2e-5)  # float32 sums of 400,000 numbers
+    torch.testing.assert_close(pooled, union, rtol=1e-6, atol=1e-6)
     assert abs(pooled.item() - exact) < 0.5 * abs(by_ess.item() - exact)
 
 
