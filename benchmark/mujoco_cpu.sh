@@ -13,5 +13,5 @@ flags=(-- --total-timesteps 100000)
 "${sweep[@]}" "smfp-crossq: smfp_continuous" "sac-crossq: sac_continuous --critic crossq --policy-frequency 2" \
     "${flags[@]}"
 python benchmark/report.py runs/mujoco_cpu/* --normalize sac --also diagnostics/latent_spread diagnostics/sigma \
-    diagnostics/entropy_gap diagnostics/entropy diagnostics/ess diagnostics/kl_of_update losses/alpha \
+    diagnostics/entropy_gap diagnostics/entropy diagnostics/ess losses/alpha \
     --published benchmark/results/published.csv --out benchmark/results/learning_curves/mujoco_cpu

@@ -346,10 +346,7 @@ def smfp_reference(before, after, batch):
         regression = ((smfp_flow(before.policy, obs, x, r, t)[0] - goal) ** 2).sum(-1).mean()
         loss = loss + args.meanflow_coef * alpha * regression
         metrics |= {"losses/meanflow_loss": regression, "diagnostics/ess": (1 / (weights**2).sum(1)).mean()}
-    new_mean, new_std = smfp_gaussian(after.policy, obs, e[:, 0])
-    kl_of_update = kl_divergence(Normal(new_mean, new_std), Normal(mean[:, 0], std[:, 0])).sum(-1).mean()
-    metrics |= {"diagnostics/kl_of_update": kl_of_update, "diagnostics/entropy": entropy}
-    metrics |= {"diagnostics/sigma": std.mean()}
+    metrics |= {"diagnostics/entropy": entropy, "diagnostics/sigma": std.mean()}
     gradients = {
         "q_optimizer": gradient(losses[0] + losses[1], before.q_parameters),
         "policy_optimizer": gradient(loss, before.policy.parameters()),
