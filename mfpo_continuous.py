@@ -16,14 +16,17 @@ Paper: https://arxiv.org/abs/2604.14698 (MeanFlow: 2505.13447).
 Flow time runs from t = 0 (action) to t = 1 (noise): x_t = (1 - t) a_0 + t eps with velocity v = (x_t - a_0) / t.
     policy      a_{t-1/T} = a_t - (1/T) u(s, a_t, t - 1/T, t) from a_1 ~ N(0, I); u is the average velocity on [r, t]
     likelihood  log pi(a_0|s) = log N(a_1; 0, I) + (1/T) sum_t delta(s, a_t, t - 1/T, t), over the same T steps
-    identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with div v instead of v
-    target      v = the marginal velocity of exp(Q / alpha) / Z, by self-normalised importance sampling (SNIS) from two
-                proposals, the policy and a Gaussian, weighted by their effective sample sizes (ESS)
+    identity    u(x_t, r, t) = v(x_t, t) - (t - r) d/dt u(x_t, r, t);  delta obeys it with the divergence of
+                u(s, x_t, t, t) instead of v
+    target      v(x_t, t) = E[(x_t - a_0) / t | x_t], a_0 ~ exp(Q / alpha) / Z, by self-normalised importance sampling
+                (SNIS) from two proposals, the policy and a Gaussian, weighted by their effective sample sizes (ESS)
+    critics     two of C51, towards r + gamma (1 - terminated) (z - alpha log pi(a'|s')), z by the one of smaller mean
+    alpha       minimise alpha (H - H_target), H = -E[log pi], H_target = -rho d
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
     diagnostics/ess_*      near 1, the temperature is too low for the proposals
-    diagnostics/entropy    should approach -rho d; it is an estimate: add adn_log_prob_bias for the policy's own
-    diagnostics/q_std      900 at first; small rewards stay hidden until it falls (see --critic, --critic-init-std)
+    diagnostics/entropy    should approach -rho d; it is delta's estimate: add adn_log_prob_bias for the policy's own
+    diagnostics/q_std      C51's is 900 at first; small rewards stay hidden until it falls (see --critic)
 """
 
 import copy
@@ -96,7 +99,7 @@ class OutputArgs:
 class TrainingArgs:
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics' moving average, where there are any
+    tau: float = 0.005  # step of the target critics' moving average (CrossQ's critics have no targets)
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
 
@@ -108,16 +111,16 @@ class MethodArgs:
     sampling_steps: int = 2  # T, the sampler's steps from noise to action (paper)
     policy_proposals: int = 16  # K1, actions of the policy per state in the velocity estimate (paper)
     gaussian_proposals: int = 32  # K2, actions of the truncated Gaussian per state in the velocity estimate (paper)
-    divergence_probes: int = 2  # N, normal probes of the Skilling-Hutchinson divergence estimate (paper)
+    divergence_probes: int = 2  # N, normal probes of the Skilling-Hutchinson estimate in --likelihood adn (paper)
     data_proportion: float = 0.75  # share of the batch with r = t, which trains the instantaneous velocity (paper)
     clipped_double_q: bool = True  # take the critic of the smaller mean, or their average (paper: off on HalfCheetah)
     policy_batch_size: int | None = None  # states of the batch that train all but the critics; None: all (paper)
-    # what critics learn of the return: C51's atoms on a fixed support (paper), its quantiles, or its mean alone
+    # what critics learn of the return: its distribution on fixed atoms (C51, paper), its quantiles, or its mean alone
     critic: Literal["c51", "quantile", "mean"] = "c51"
     num_atoms: int = 101  # atoms of C51's distributions (paper), or the number of quantiles
-    v_min: float = -1600.0  # smallest atom of C51's (paper)
-    v_max: float = 1600.0  # largest atom of C51's (paper)
-    critic_init_std: float | None = None  # new C51 critics' standard deviation about 0, roughly; None: uniform (paper)
+    v_min: float = -1600.0  # C51's smallest atom (paper)
+    v_max: float = 1600.0  # C51's largest atom (paper)
+    critic_init_std: float | None = None  # a new C51 critic's standard deviation, roughly; None: a wide start (paper)
     policy_frequency: int = 1  # updates of the critics per update of everything else (paper)
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 0.01  # the temperature, or its first value when it is learned (paper)
@@ -128,7 +131,8 @@ class MethodArgs:
 @dataclass
 class AblationArgs:
     meanflow: bool = True  # learn average velocities (paper); otherwise plain flow matching, r = t throughout
-    # log pi: by the average divergence network (paper); the same, learning the T steps' own determinants; exact; none
+    # log pi: by the average divergence network (paper); by the same network, taught the T steps' own determinants
+    # (map); exact; or left out (none)
     likelihood: Literal["adn", "map", "exact", "none"] = "adn"
     # proposals that the velocity estimate uses (paper: both); the others are drawn, but have weight 0
     proposals: Literal["both", "policy", "gaussian"] = "both"
@@ -147,8 +151,8 @@ class ConcatLinear(nn.Linear):
     """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
 
     Inputs that all candidates of a state share are multiplied once per state instead of once per candidate. This saves
-    a fifth of an update's time with 376 observations, none with 11. The largest input comes last: then only one sum is
-    of its size.
+    a fifth of an update's time where an observation has 376 numbers, none where it has 11. The largest input comes
+    last: then only one sum is of its size.
     """
 
     def __init__(self, in_features: tuple[int, ...], out_features: int):
@@ -297,7 +301,8 @@ def meanflow_loss(average, *, x_t, r, t, velocity, instantaneous) -> torch.Tenso
 
     `average(x, r, t)` is the network. Its target is instantaneous - (t - r) d/dt average(x_t, r, t), without gradient.
     The total derivative is along dx/dt = `velocity` (B, d), with r held fixed. `instantaneous` is the quantity that the
-    network averages over [r, t]: the velocity (B, d) for u, its divergence (B, 1) for delta.
+    network averages over [r, t]: the velocity (B, d) for u, its divergence (B, 1) for delta. (The authors' code takes
+    the mean over outputs. Adam does not see the factor.)
     """
     with torch.no_grad():
         tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))
@@ -318,10 +323,9 @@ def hutchinson_divergence(field, x: torch.Tensor, probes: torch.Tensor):
 def cdf_of_box(mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distribution function of N(|mean|, std^2) at -1 and at 1, for float64 inputs.
 
-    A box far from the mean lies in the lower tail, where the distribution function keeps its relative precision.
+    A box far from the mean lies in the lower tail, where erfc keeps its relative precision and ndtr is 0.
     """
-    low, high = (0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
-    return low, high
+    return tuple(0.5 * torch.erfc((mean.abs() - bound) / (std * math.sqrt(2))) for bound in (-1.0, 1.0))
 
 
 def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -371,10 +375,10 @@ def project_categorical(probs: torch.Tensor, atoms: torch.Tensor, v_min: float, 
     """
     last = probs.shape[-1] - 1
     place = ((atoms - v_min) / (v_max - v_min) * last).clamp(0, last)
-    below = place.nan_to_num(0).floor()  # nan is no index; it stays in `share`, and so in the loss
-    share = place - below
-    projected = torch.zeros_like(probs).scatter_add_(-1, below.long(), probs * (1 - share))
-    return projected.scatter_add_(-1, (below.long() + 1).clamp(max=last), probs * share)
+    below = place.nan_to_num(0).floor()  # nan is no index; it stays in `above`, and so in the loss
+    above = place - below  # the share of the atom above
+    projected = torch.zeros_like(probs).scatter_add_(-1, below.long(), probs * (1 - above))
+    return projected.scatter_add_(-1, (below.long() + 1).clamp(max=last), probs * above)
 
 
 def quantile_huber_loss(quantiles: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -418,7 +422,7 @@ class Agent(nn.Module):
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)
         if args.critic_init_std is not None:
             # The softmax of this bias is Student's t with 3 degrees of freedom and standard deviation critic_init_std,
-            # which is less where the support cuts it or the atoms are wider apart.
+            # but for where the support cuts it, and for atoms as wide apart as that.
             for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
                 nn.init.zeros_(output.weight)
                 output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
@@ -438,7 +442,7 @@ class Agent(nn.Module):
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
     def q_mean(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The mean (...) of the return distribution that a critic's outputs (..., N) are: logits, or quantiles."""
+        """The mean (...) of the return, from a critic's outputs (..., N): logits, quantiles, or the mean itself."""
         return outputs.softmax(-1) @ self.atoms if self.args.critic == "c51" else outputs.mean(-1)
 
     def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -468,7 +472,7 @@ class Agent(nn.Module):
         if candidates == 1:
             return actions[:, 0]
         best = self.q_value(self.qf1_target, self.qf2_target, obs, actions).argmax(1)
-        return actions[torch.arange(len(actions), device=obs.device), best]
+        return actions.take_along_dim(best[:, None, None], 1)[:, 0]
 
     def eval_actions(self, obs: torch.Tensor) -> torch.Tensor:
         """Actions (B, d) for evaluation."""
@@ -530,16 +534,15 @@ class Agent(nn.Module):
     def critic_target(self, outputs, rewards, terminations, entropy_term) -> tuple[torch.Tensor, torch.Tensor]:
         """The critics' target and its mean (B,), from a target critic's outputs (B, N) and alpha log pi (B,) at s', a'.
 
-        It is r + gamma (1 - terminated) (z - alpha log pi), z being the return after s'. For C51 z are the atoms, and
-        what is returned are their probabilities (B, N), projected back onto the support. For the other critics it is
-        the quantiles, or the mean, that z has become.
+        It is r + gamma (1 - terminated) (z - alpha log pi), z being the return after s': C51's atoms, quantiles, or the
+        mean. C51's has moved off the atoms, and is projected back onto them: their probabilities (B, N) are returned.
         """
         z = self.atoms if self.args.critic == "c51" else outputs
-        z = rewards[:, None] + self.args.gamma * (1 - terminations)[:, None] * (z - entropy_term[:, None])
+        target = rewards[:, None] + self.args.gamma * (1 - terminations)[:, None] * (z - entropy_term[:, None])
         if self.args.critic == "c51":
-            probs = project_categorical(outputs.softmax(-1), z, self.args.v_min, self.args.v_max)
+            probs = project_categorical(outputs.softmax(-1), target, self.args.v_min, self.args.v_max)
             return probs, probs @ self.atoms
-        return z, z.mean(-1)
+        return target, target.mean(-1)
 
     def critic_loss(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The mean loss of a critic's outputs (B, N) against `critic_target`'s result, or a mixture of two of them."""
@@ -588,7 +591,7 @@ class Agent(nn.Module):
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
         from_policy = from_policy.clamp(-1, 1)  # log_prob stays that of the action before clipping
-        a_0 = from_policy[:, 0]  # x_t is the first policy proposal, noised
+        a_0 = from_policy[:, 0]  # noised to x_t; it stays a proposal, which favours it at small t (as the authors do)
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
         uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
         # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box.
@@ -601,7 +604,7 @@ class Agent(nn.Module):
         v_policy, ess_policy = snis_velocity(log_w_policy, x_t, from_policy, t)
         v_gaussian, ess_gaussian = snis_velocity(log_w_gaussian, x_t, from_gaussian, t)
         policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, 1)
-        if args.combination == "pooled":  # each estimate's share of the sum of all weights
+        if args.combination == "pooled":  # each estimate's share of all weights, which have the same mean
             log_sum_gaussian = log_w_gaussian.logsumexp(1, True) + gaussian_log_mass(x_t, t)
             policy_weight = (log_w_policy.logsumexp(1, True) - log_sum_gaussian).sigmoid()
         if args.proposals != "both":
@@ -636,7 +639,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             x, r, t = map(torch.stack, zip(*self.sampler(obs, noise)[1], strict=True))  # (T, B, d), (T, 1), (T, 1)
-            r, t = r[:, None], t[:, None]
+            r, t = r[:, None], t[:, None]  # (T, 1, 1)
             target = -steps * log_abs_det(lambda x: x - self.actor(obs, x, r, t) / steps, x)
         return ((self.divergence(obs, x, r, t).squeeze(-1) - target) ** 2).mean()
 
@@ -646,7 +649,7 @@ class Agent(nn.Module):
 
         adn_log_prob_*: the error of the divergence network's log pi against the exact one, in nats.
         flow_gap: the distance from the sampler's actions to those of 64 Euler steps from the same noise.
-        q_action_std: the spread of Q over random actions; far above alpha, the Boltzmann policy is peaked.
+        q_action_std: the spread of Q over random actions; where it is far above alpha, the Boltzmann policy is peaked.
         """
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
@@ -654,7 +657,7 @@ class Agent(nn.Module):
         random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
         if self.args.critic == "c51":
-            probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)  # new critics have 2 / num_atoms at the edges
+            probs = self.qf1(obs, actions.clamp(-1, 1)).softmax(-1)  # new critics: about 2 / num_atoms
             if (probs[:, 0] + probs[:, -1]).mean() > 3 / self.args.num_atoms:
                 warn(f"the critics' support [{self.args.v_min}, {self.args.v_max}] is too narrow; see --v-min, --v-max")
         scalars = {

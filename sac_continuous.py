@@ -92,7 +92,7 @@ class OutputArgs:
 class TrainingArgs:
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics' moving average, where there are any
+    tau: float = 0.005  # step of the target critics' moving average (CrossQ's critics have no targets)
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
 
@@ -118,8 +118,9 @@ class Args(MethodArgs, TrainingArgs, OutputArgs, RunArgs):
 class BatchRenorm(nn.Module):
     """Batch renormalisation of the last axis, with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
 
-    Training, on (B, features), normalises by the batch. After `warmup` batches r and d, bounded by r_max and d_max,
-    correct that towards the running statistics. Evaluation uses the running statistics.
+    In training mode it normalises (B, features) by the batch. After `warmup` batches the paper's factor r and offset d,
+    bounded by r_max and d_max, correct this towards the running statistics. In evaluation mode, that of acting and of
+    the policy's update, it uses the running statistics alone.
     """
 
     momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
@@ -165,7 +166,7 @@ class SoftQNetwork(nn.Module):
         return self.net(torch.cat([obs, actions], dim=-1)).squeeze(-1)
 
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in CleanRL
 
 
 class Actor(nn.Module):

@@ -15,12 +15,13 @@ Paper: https://arxiv.org/abs/2605.21282 (MeanFlow: 2505.13447).
     python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
 
 The paper's text is not public to us. Its abstract, scattered facts and its authors' plot data (the repository
-voodooing/Issue-Plot) say: an action takes one evaluation of the network; a standard deviation that depends on the state
-stands on top of the MeanFlow map; one loss joins SAC's, with the log-probability of one Gaussian, and lambda times a
-MeanFlow regression that mirror descent re-weights; the critics are CrossQ's, the smaller of two; the temperature is
-fixed per task; exploration plays the best of K_b actions by Q, and the TD target takes the best of K_t. Ours are the
-bound by M latents (theirs looks like M = 1), the KL to a slow copy of the policy, the regression's proposals and one
-temperature for all tasks; K_b and K_t are 1 by default.
+voodooing/Issue-Plot) say: an action takes one evaluation of the network; one loss joins SAC's, with the log-probability
+of one Gaussian, and a weighted MeanFlow regression that mirror descent re-weights; entropy and a KL to the previous
+policy regularise it; the critics are CrossQ's, the smaller of two; the temperature is fixed per task; exploration plays
+the best of K_b actions by Q, and the TD target takes the best of K_t. A standard deviation that depends on the state
+seems to stand on top of the MeanFlow map.
+Ours are the bound by M latents (theirs looks like M = 1), a slow copy as the previous policy, the bound of the KL, the
+regression's proposals, the policy's network, one temperature for all tasks, and K_b = K_t = 1.
 
     policy    a = tanh(y), y = m + sigma xi, m = e - u(s, e, 0, 1), for a latent e and noise xi, both N(0, I)
     entropy   log pi_M(a|s) = log (1/M) sum_j N(y; m_j, sigma_j^2) - log |da/dy| over M latents, one of them y's own;
@@ -28,13 +29,14 @@ temperature for all tasks; K_b and K_t are 1 by default.
     descent   maximise E[Q] + alpha H(pi) - lambda KL(pi || pi_k), pi_k a slow copy of pi; the solution is
               pi_{k+1} = pi_k exp((Q - alpha log pi_k) / (alpha + lambda)) / Z
     actor     minimise  E[alpha log pi_M - min_i Q_i] + lambda E_e KL(N(m, sigma^2) || N(m_k, sigma_k^2))
-              + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef
+              + c alpha (MeanFlow regression of u towards pi_{k+1}); lambda = kl_coef alpha, c = meanflow_coef;
+              the regression alone would be too wide: it fits m to samples of pi_k, and sigma xi comes on top
     critics   Q(s, a)  <-  r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi_M(a'|s')), Q' being Q itself in
               CrossQ, and its slow copy in SAC
     alpha     fixed; or, with --autotune, minimise alpha (H_M - H_target), H_M = -E[log pi_M] and H_target = -rho d
 
 In TensorBoard: eval/episodic_return is the score, from the best of 10 candidates.
-    diagnostics/latent_spread    well below diagnostics/sigma the policy is nearly a Gaussian; a new one has m = e
+    diagnostics/latent_spread    if well below diagnostics/sigma, the policy is nearly a Gaussian; at first it is 1
     diagnostics/entropy_gap      the entropy bound is loose by at least this
     losses/actor_loss            the first of the actor's three terms
     losses/kl                    how far the policy is from its slow copy (the bound above)
@@ -110,7 +112,7 @@ class OutputArgs:
 class TrainingArgs:
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # step of the target critics' moving average, where there are any
+    tau: float = 0.005  # step of the target critics' moving average (CrossQ's critics have no targets)
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
 
@@ -123,7 +125,7 @@ class MethodArgs:
     policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
     autotune: bool = False  # learn the temperature; otherwise it stays at --alpha (authors: fixed)
     alpha: float = 0.1  # the temperature, or its first value when it is learned (measured; authors: 0.01 to 0.2)
-    rho: float = 0.5  # a learned temperature keeps an entropy of -rho d for d action dimensions (as in MFPO)
+    rho: float = 0.5  # a learned temperature keeps the entropy bound at -rho d for d action dimensions (as in MFPO)
     latents: int = 5  # M, latents per state: samples, mixture components, and proposals of the regression (measured)
     kl_coef: float = 0.1  # lambda / alpha, weight of the KL to the slow copy of the policy; 0: without (measured)
     meanflow_coef: float = 1.0  # c, weight of the MeanFlow regression in units of alpha; 0 removes the term
@@ -149,8 +151,9 @@ class Args(AblationArgs, MethodArgs, TrainingArgs, OutputArgs, RunArgs):
 class BatchRenorm(nn.Module):
     """Batch renormalisation of the last axis, with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
 
-    Training, on (B, features), normalises by the batch. After `warmup` batches r and d, bounded by r_max and d_max,
-    correct that towards the running statistics. Evaluation uses the running statistics.
+    In training mode it normalises (B, features) by the batch. After `warmup` batches the paper's factor r and offset d,
+    bounded by r_max and d_max, correct this towards the running statistics. In evaluation mode, that of acting and of
+    the policy's update, it uses the running statistics alone.
     """
 
     momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
@@ -184,8 +187,8 @@ class ConcatLinear(nn.Linear):
     """nn.Linear on the concatenation of inputs that broadcast against each other, without forming it.
 
     Inputs that all candidates of a state share are multiplied once per state instead of once per candidate. This saves
-    a fifth of an update's time with 376 observations, none with 11. The largest input comes last: then only one sum is
-    of its size.
+    a fifth of an update's time where an observation has 376 numbers, none where it has 11. The largest input comes
+    last: then only one sum is of its size.
     """
 
     def __init__(self, in_features: tuple[int, ...], out_features: int):
@@ -212,7 +215,7 @@ class SoftQNetwork(nn.Module):
         return self.rest(self.first(self.norm_obs(obs), self.norm_actions(actions))).squeeze(-1)
 
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in CleanRL
 
 
 class Policy(nn.Module):
@@ -227,8 +230,9 @@ class Policy(nn.Module):
         self.second = nn.Linear(256, 256)
         self.velocity = nn.Linear(256, action_dim)
         self.log_std = nn.Linear(256, action_dim)
-        # At first m = e whatever the observations: large ones (Humanoid's) would saturate the tanh and put sigma at its
-        # bounds, and the KL to so narrow a slow copy would keep the policy there for thousands of updates.
+        # With these zeros m = e, and sigma is the same in every state. Otherwise large observations (Humanoid's)
+        # saturate the tanh and put sigma at a bound. At the lower one the KL to the slow copy, which is as narrow,
+        # keeps the policy there for thousands of updates.
         for head in (self.velocity, self.log_std):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
@@ -254,8 +258,9 @@ def tanh_log_det(y: torch.Tensor) -> torch.Tensor:
 
 def mixture_log_prob(y: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """log (1/M) sum_j N(y; m_j, sigma_j^2) of y (..., N, d) for components (..., M, d); returns (..., N)."""
-    z = (y[..., :, None, :] - mean[..., None, :, :]) * (-log_std[..., None, :, :]).exp()  # (..., N, M, d)
-    log_prob = (-0.5 * z**2 - log_std[..., None, :, :] - 0.5 * math.log(2 * math.pi)).sum(-1)
+    mean, log_std = mean[..., None, :, :], log_std[..., None, :, :]  # (..., 1, M, d)
+    z = (y[..., None, :] - mean) * (-log_std).exp()  # (..., N, M, d)
+    log_prob = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
     return log_prob.logsumexp(-1) - math.log(mean.shape[-2])
 
 
@@ -341,7 +346,7 @@ class Agent(nn.Module):
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
 
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
-        """The smaller of the two critics, or of their target networks."""
+        """The smaller (...) of the two critics, or of their target networks."""
         qf1, qf2 = (self.qf1_target, self.qf2_target) if target else (self.qf1, self.qf2)
         return torch.minimum(qf1(obs, actions), qf2(obs, actions))
 
@@ -389,10 +394,10 @@ class Agent(nn.Module):
             # M latents for one action: its density has M components.
             e = torch.randn(len(obs), args.latents, self.action_dim, device=obs.device)
             y, mean, log_std = self.sample_y(self.policy, next_obs, e)
-            y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
-            next_actions = torch.tanh(y[:, 0])
+            best_y = self.best_of(next_obs, y[:, : args.target_candidates])  # (B, 1, d)
+            next_actions = torch.tanh(best_y[:, 0])
             # The density of the policy, also where a' is the best of K_t.
-            next_log_prob = policy_log_prob(y, mean, log_std)[:, 0]
+            next_log_prob = policy_log_prob(best_y, mean, log_std)[:, 0]
         q1, q2, next_q = self.critic_values(obs, actions, next_obs, next_actions)
         target = soft_td_target(rewards, terminations, next_q, next_log_prob, alpha, args.gamma)
         qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
@@ -441,16 +446,15 @@ class Agent(nn.Module):
         metrics = {"losses/actor_loss": actor_loss, "losses/kl": kl, "losses/alpha": alpha}
         metrics |= {"diagnostics/entropy": entropy, "diagnostics/sigma": log_std.exp().mean()}
 
-        # 3. MeanFlow regression towards the mirror-descent solution, from proposals of the slow copy. It fits m to
-        # samples of y, which have sigma's noise in them: alone it would widen the policy.
+        # 3. MeanFlow regression towards the mirror-descent solution, from proposals of the slow copy.
         if args.meanflow_coef > 0:
             with torch.no_grad():
                 if args.mirror_descent_weights:
                     q_k = self.q_value(obs[:, None], torch.tanh(y_k))
-                    log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)
+                    log_prob_k = policy_log_prob(y_k, mean_k, log_std_k)  # of M latents, as pi's own
                     weights = mirror_descent_weights(q_k, log_prob_k, alpha, args.kl_coef * alpha)
                 else:  # towards the slow copy itself
-                    weights = torch.full(y_k.shape[:-1], 1 / args.latents, device=obs.device)
+                    weights = torch.full_like(y_k[..., 0], 1 / args.latents)
                 y_0 = resample(y_k, weights)
                 eps = torch.randn_like(y_0)
                 t, r = sample_times(batch_size, args.data_proportion, obs.device)
@@ -478,12 +482,12 @@ class Agent(nn.Module):
         """Measures that are too costly for every update, at states (B, obs_dim).
 
         entropy_gap: how much the entropy bound rises from M to 8 M latents, in nats. latent_spread: the standard
-        deviation of the mean over the latents; near 0 the policy is a Gaussian.
+        deviation over the latents of the mean before the tanh; near 0 the policy is a Gaussian.
         """
         e = torch.randn(len(obs), 8 * self.args.latents, self.action_dim, device=obs.device)
         sample = self.sample_y(self.policy, obs, e)  # y, mean and log sigma, each (B, 8 M, d)
         bound_8m = entropy_bound(*sample).mean()
-        bound_m = entropy_bound(*(x.unflatten(1, (8, -1)) for x in sample)).mean()  # the same in 8 groups of M
+        bound_m = entropy_bound(*(x.unflatten(1, (8, -1)) for x in sample)).mean()  # each by its own group of M alone
         return {
             "diagnostics/entropy_gap": (bound_8m - bound_m).item(),
             "diagnostics/latent_spread": sample[1].std(1).mean().item(),
