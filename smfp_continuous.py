@@ -500,6 +500,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     With `render` it can be recorded.
     """
     mode = {"render_mode": "rgb_array"} if render else {}
+    if env_id.startswith(":") or env_id.count(":") > 1:
+        fail(f"--env-id {env_id} cannot be made: it must be an id, or module:id")
     try:
         with warnings.catch_warnings():  # what an imported package changes is undone: dm_control turns all warnings on
             warnings.filterwarnings("ignore", ".*is out of date")  # said of the v4 tasks, which papers report
@@ -619,7 +621,7 @@ def evaluate(act, envs: list[gym.Env], seed: int, device: torch.device, max_step
             if not running:
                 return returns
             if stop():
-                say("the evaluation was stopped and has no score")
+                say("the evaluation was stopped; a resumed run begins with it")
                 return None
     warn(f"an evaluation episode had not ended after {max_steps} steps and was cut (see --eval-max-steps)")
     return returns
@@ -644,6 +646,22 @@ def train(args: Args) -> int:
         if args.capture_video:
             videos = f"{run.folder}/videos_from_{run.global_step}"  # two per evaluation: eval, eval_exploring
             eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
+
+        def score() -> None:
+            """Evaluate. If a signal stops it, a resumed run begins with it."""
+            run.unscored = True
+            for tag, policy in (("eval", play), ("eval_exploring", act)):
+                seed = derive_seed(args.seed, run.global_step, 0)
+                scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
+                if scores is None:
+                    return
+                run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
+                say(f"step {run.global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
+            run.unscored = False
+
+        if run.unscored:
+            score()
+            run.save()
         obs = restart(envs, derive_seed(args.seed, run.global_step, 1))  # (num_envs, obs_dim)
         returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes
         for global_step in run.steps():
@@ -663,9 +681,11 @@ def train(args: Args) -> int:
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminations=terminations, next_obs=next_obs)
             run.global_step, obs = global_step, next_obs
             returns, lengths = returns + rewards, lengths + 1
-            for i in np.flatnonzero(terminations | truncations):
-                run.log({"charts/episodic_return": returns[i], "charts/episodic_length": lengths[i]})
-                obs[i], returns[i], lengths[i] = reset(envs[i]), 0, 0
+            ended = np.flatnonzero(terminations | truncations)
+            if len(ended):  # the mean of several, because TensorBoard shows one row per step
+                mean_return, mean_length = returns[ended].mean(), lengths[ended].mean()
+                run.log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+                obs[ended], returns[ended], lengths[ended] = [reset(envs[i]) for i in ended], 0, 0
 
             scalars = to_floats(run.metrics)  # in each step, so that a run stops at the one that went wrong
             if scalars and run.due(args.log_frequency):
@@ -673,21 +693,15 @@ def train(args: Args) -> int:
             if scalars and run.due(args.diagnostics_frequency):
                 with seeded(derive_seed(args.seed, global_step, 2), device):
                     run.log(agent.diagnostics(buffer.sample(64)[0]))
-            if run.due(args.eval_frequency):
-                for tag, policy in (("eval", play), ("eval_exploring", act)):
-                    seed = derive_seed(args.seed, global_step, 0)
-                    scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
-                    if scores is None:
-                        break
-                    run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
-                    say(f"step {global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
+            if run.due(args.eval_frequency) or (run.complete and eval_envs):
+                score()
             if run.checkpoint_due(lengths.max()):
                 run.save()
                 if run.complete or run.stop_requested():
                     break
                 # As a resumed run does, which begins here with new episodes. So the two are equal.
                 obs = restart(envs, derive_seed(args.seed, global_step, 1))
-                returns[:], lengths[:] = 0, 0
+                returns[:], lengths[:], run.metrics = 0, 0, {}
     for env in (*eval_envs, *envs):
         env.close()
     return run.exit_code
@@ -703,7 +717,9 @@ class Run:
     def __init__(self, args: Args, agent: Agent, buffer: ReplayBuffer):
         self.args = replace(args, resume=None)  # as its files keep them: they do not say where the run was resumed
         self.agent, self.buffer = agent, buffer
-        self.global_step, self.num_updates, self.metrics = 0, 0, {}  # checkpoints hold these, too
+        self.global_step, self.num_updates = 0, 0
+        self.unscored = False  # whether an evaluation has begun and not ended; checkpoints hold all three
+        self.metrics = {}  # the latest scalars of the updates since the last checkpoint
         self.saved_step = None  # of the last checkpoint
         self.exit_code = 0  # or 128 + the number of the signal that has asked the run to stop
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
@@ -728,9 +744,8 @@ class Run:
                 os.removedirs(self.folder)  # it is empty
             raise
         self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1 if args.resume else None)
-        if not args.resume:
-            table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(self.args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", self.global_step)
         self.restart_step = self.log_step = self.global_step
         self.log_time = time.time()
 
@@ -738,7 +753,10 @@ class Run:
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it is ignored, and stays so
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
-        say(f"Training on {self.agent.log_alpha.device}; the run's files are in {self.folder}")
+        start = "" if self.saved_step is None else f" from step {self.saved_step} on"
+        say(f"Training on {self.agent.log_alpha.device}{start}; the run's files are in {self.folder}")
+        if self.complete and not self.unscored:
+            say(f"no step is left; for more, raise --total-timesteps {self.args.total_timesteps}")
         return self
 
     def on_signal(self, number: int, frame) -> None:
@@ -751,8 +769,8 @@ class Run:
         return self.exit_code > 0
 
     def steps(self) -> tqdm:
-        """The global steps that are left, under a progress bar."""
-        total, stride = self.args.total_timesteps, self.args.num_envs
+        """The global steps that are left, under a progress bar; none while an evaluation is left."""
+        total, stride = self.global_step if self.unscored else self.args.total_timesteps, self.args.num_envs
         # miniters, smoothing: so that the time left is right soon after the random steps, which are much faster
         options = {"unit": "step", "unit_scale": stride > 1 and stride, "mininterval": 1, "miniters": 1}
         options |= {"smoothing": 0.5, "disable": None, "initial": self.global_step // stride, "total": total // stride}
@@ -803,7 +821,7 @@ class Run:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds."""
-        state = {name: getattr(self, name) for name in ("global_step", "num_updates", "metrics")}
+        state = {name: getattr(self, name) for name in ("global_step", "num_updates", "unscored")}
         state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers(self.agent).items()}
         state |= {"agent": self.agent.state_dict(), "buffer": self.buffer.state_dict()}
         return state | {"args": vars(self.args)}
@@ -820,10 +838,9 @@ class Run:
                 state = copy.deepcopy(saved["optimizers"][name]["state"])
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
             self.buffer.load_state_dict(saved["buffer"])
-            device = self.agent.log_alpha.device
-            self.metrics = {name: x.to(device, copy=True) for name, x in saved["metrics"].items()}
             self.global_step = self.saved_step = saved["global_step"]
         self.num_updates = saved["num_updates"]
+        self.unscored = self.args.eval_frequency > 0 and saved.get("unscored", False)
         if any(getattr(self.args, name) != getattr(before, name) for name in ("learning_starts", "utd_ratio")):
             # Updates go on from here at the new rate.
             self.num_updates = max(int((self.global_step - self.args.learning_starts) * self.args.utd_ratio), 0)
@@ -843,8 +860,10 @@ class Run:
         again = shlex.join(["python", os.path.relpath(__file__), "--resume", str(self.folder)])
         how = "there is no checkpoint" if self.saved_step is None else f"from step {self.saved_step}: {again}"
         if error:  # shown below the traceback
+            if isinstance(error, FloatingPointError):
+                how += " (with the same flags and seed it will likely happen again)"
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
-        elif self.complete:
+        elif self.complete and not self.unscored:
             self.exit_code = 0 if written else 1
             say(f"Done; the run's files are in {self.folder}" if written else f"the last files are missing; {how}")
         else:
@@ -1045,6 +1064,8 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
         return parse_args(line, replace(saved, resume=None, track=False, capture_video=False))
     if (args.resume or args.evaluate) and args.critic != default.critic:
         fail(f"--critic {args.critic}: the critics that were saved are --critic {default.critic}; leave the flag out")
+    if args.resume and args.env_id != default.env_id:
+        fail(f"--env-id {args.env_id}: the run in {args.resume} trains on {default.env_id}; leave the flag out")
     check_args(args)
     return args
 
@@ -1055,12 +1076,13 @@ def evaluate_saved(args: Args) -> None:
     device = set_up_torch(args)
     envs = [make_env(args.env_id, args.capture_video and i == 0) for i in range(args.eval_episodes)]
     agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], args, device)
-    with refusing(f"--evaluate {args.evaluate} does not fit {args.env_id}"):
+    with refusing(f"--evaluate {args.evaluate} does not fit {args.env_id}, the flags, or this script"):
         agent.load_state_dict(saved["agent"])
     if args.capture_video:
         with refusing("--capture-video: its folder cannot be made"):
             videos = f"{Path(args.evaluate).parent}/videos_evaluate"
             envs[0] = gym.wrappers.RecordVideo(envs[0], videos, lambda episode: True)
+            say(f"the videos are in {videos}")
     for name, act in (("evaluation", agent.eval_actions), ("exploring policy", agent.sample_actions)):
         returns = evaluate(act, envs, args.seed, device, args.eval_max_steps)
         say(f"{args.env_id}: {name} return {returns.mean():.1f} +- {returns.std():.1f} ({len(returns)} episodes)")

@@ -30,7 +30,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +98,7 @@ class Run:
     args: dict[str, str]  # as text
     reached: int  # environment steps
     curves: dict[str, dict[int, tuple]]  # metric: {step: (hours, value, std or None)}
+    changed: list[str] = field(default_factory=list)  # flags that had another value when it was resumed
 
     def __post_init__(self):
         self.env_id, self.exp_name, self.seed = self.args["env_id"], self.args["exp_name"], int(self.args["seed"])
@@ -124,11 +125,12 @@ def read_run(folder: Path, metrics: Iterable[str] = TITLES) -> Run:
     files = sorted(folder.glob("events.out.tfevents.*"))
     # A resume's file begins with the step it goes on from (SummaryWriter's purge_step): EventAccumulator, which reads
     # the files by name and so by time, then drops the scalars that it has from this step on. Texts it keeps.
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     if not files or TEXT not in events.Reload().Tags()["tensors"]:
         fail(f"{folder} is no run folder: it has no event file with the hyperparameters of a run")
-    table = events.Tensors(TEXT)[0].tensor_proto.string_val[0].decode()
-    args = dict(line[1:-1].split("|", 1) for line in table.splitlines()[2:])
+    tables = [row.tensor_proto.string_val[0].decode().splitlines()[2:] for row in events.Tensors(TEXT)]
+    args, *later = (dict(line[1:-1].split("|", 1) for line in table) for table in tables)  # at the start, when resumed
+    changed = {name for other in later for name in other if other[name] != args.get(name)} - {"total_timesteps"}
     rows = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     reached = max((row.step for series in rows.values() for row in series), default=0)
     if (folder / "checkpoint.pt").exists():
@@ -142,7 +144,7 @@ def read_run(folder: Path, metrics: Iterable[str] = TITLES) -> Run:
     starts = np.array([EventAccumulator(str(file)).FirstEventTimestamp() for file in files])
     times = np.array(sorted({row.wall_time for series in rows.values() for row in series}))
     hours = dict(zip(times, training_hours(starts, times), strict=True))
-    run = Run(folder, args, reached, {})
+    run = Run(folder, args, reached, {}, sorted(changed))
     for metric in metrics:
         tag = f"{metric}/episodic_return" if metric in TITLES else metric
         stds = {row.step: row.value for row in rows.get(f"{tag}_std", [])}
@@ -380,6 +382,8 @@ def report(cells: Cells, beside: Cells, titles: dict[str, str], published: list[
             lines.setdefault(command(run), []).append(str(run.seed))
             if run.reached < run.last_step:
                 warnings.append(f"- Incomplete: {run.folder.name}, {run.reached:,} of {run.last_step:,} steps")
+            if run.changed:
+                warnings.append(f"- Changed: {run.folder.name} was resumed with another {', '.join(run.changed)}")
         if len(lines) > 1:
             warnings.append(f"- Mixed: the seeds of {task}, {name} differ in their flags; see the commands")
         for line, seeds in lines.items():

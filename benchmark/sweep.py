@@ -161,7 +161,8 @@ def checkpoint_step(run: Run) -> int:
     for name in sorted((before.keys() | now.keys()) - {"resume", "total_timesteps"}):
         if before.get(name) != now.get(name):
             fail(f"{path} has {name} {before.get(name)}, not {now.get(name)}; give the variant a name of its own")
-    return saved["global_step"]
+    # A run whose last evaluation was stopped is not complete.
+    return saved["global_step"] - saved.get("unscored", False) * before["num_envs"]
 
 
 def start_ray(args: Args) -> float:
@@ -289,7 +290,7 @@ def main(args: Args) -> None:
                 end = f"exit code {ray.get(ref)}"
             except ray.exceptions.RayError as error:  # it died once too often, or was cancelled
                 end = (str(error) or repr(error)).splitlines()[-1]
-            # A run that was killed after its last checkpoint refuses to be resumed, with exit code 2; it is complete.
+            # A run that was killed after its last checkpoint is complete.
             done = end == "exit code 0" or run.ends_at(checkpoint_step(run))
             run.state = "complete" if done else "stopped" if signals else f"failed with {end}, see {run.log}"
         shown = show(todo, shown)

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sac_continuous as sac
 from tests.faulty import BOXES, FAULTS, NOT_FINITE, Single
@@ -161,16 +162,58 @@ def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path
     running.terminate()
     out, _ = running.communicate()
     assert running.exitcode == 143 and "stopped at step 220; from step 220: python" in out
-    assert out.count("the evaluation was stopped and has no score") == 1
+    assert out.count("the evaluation was stopped; a resumed run begins with it") == 1
     assert checkpoint(tmp_path)["global_step"] == 220
 
 
-def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path):
-    running = stalled(tmp_path, "StallInEvaluation-v0", 220, 40, "--save-model")
+def test_a_resumed_run_makes_up_for_the_last_evaluation_that_a_signal_stopped(tmp_path):
+    line = flags("sac_continuous", "StallInEvaluation-v0", 220)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    undisturbed.mkdir(), disturbed.mkdir()
+    running = stalled(disturbed, "StallInEvaluation-v0", 220)
     running.terminate()
     out, _ = running.communicate()
-    assert running.exitcode == 0 and out.splitlines()[-1].startswith("Done; the run's files are in")
-    assert (only_run(tmp_path) / "model.pt").exists()
+    assert running.exitcode == 143 and out.splitlines()[-1].startswith("stopped at step 220; from step 220: python")
+    done = run_program("sac_continuous", disturbed, "--resume", f"runs/{only_run(disturbed).name}")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("Done; the run's files are in")
+    assert run_program("sac_continuous", undisturbed, *line).returncode == 0
+    assert_equal_runs(only_run(undisturbed), only_run(disturbed))
+    assert [step for step, _ in scalars(only_run(disturbed))["eval_exploring/episodic_return"]] == [110, 220]
+
+
+def test_no_step_is_made_before_an_evaluation_that_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluate = sac.evaluate
+    monkeypatch.setattr(sac, "evaluate", lambda *inputs: os.kill(os.getpid(), signal.SIGINT))  # it returns None
+    assert sac.train(sac.parse_args(flags())) == 128 + signal.SIGINT
+    again = ["--resume", f"runs/{only_run(tmp_path).name}"]
+    for _ in range(2):
+        assert checkpoint(tmp_path)["global_step"] == 110 and checkpoint(tmp_path)["unscored"]
+        assert sac.train(sac.parse_args(again)) == 128 + signal.SIGINT
+    assert sac.train(sac.parse_args([*again, "--total-timesteps", "120", "--eval-frequency", "0"])) == 0
+    assert not checkpoint(tmp_path)["unscored"]
+    monkeypatch.setattr(sac, "evaluate", evaluate)
+    assert sac.train(sac.parse_args([*again, "--total-timesteps", "125", "--eval-frequency", "110"])) == 0
+    assert [step for step, _ in scalars(only_run(tmp_path))["eval/episodic_return"]] == [125]  # the last step's
+    capsys.readouterr()
+    assert sac.train(sac.parse_args(again)) == 0
+    assert "no step is left; for more, raise --total-timesteps 125" in capsys.readouterr().out
+
+
+def test_a_resumed_run_logs_its_new_flags_and_no_loss_that_it_no_longer_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sac.train(sac.parse_args(flags(steps=80)))
+    again = ["--resume", f"runs/{only_run(tmp_path).name}", "--no-autotune", "--total-timesteps", "120"]
+    capsys.readouterr()
+    sac.train(sac.parse_args(again))
+    assert "Training on cpu from step 80 on; the run's files are in" in capsys.readouterr().out
+    rows = scalars(only_run(tmp_path))
+    assert {step > 80 for step, _ in rows["losses/alpha_loss"]} == {False}
+    assert {step > 80 for step, _ in rows["losses/alpha"]} == {False, True}
+    events = EventAccumulator(str(only_run(tmp_path))).Reload().Tensors("hyperparameters/text_summary")
+    tables = {event.step: event.tensor_proto.string_val[0].decode() for event in events}
+    assert tables.keys() == {0, 80}
+    assert "|autotune|True|" in tables[0] and "|autotune|False|" in tables[80]
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
@@ -265,6 +308,7 @@ def test_a_number_that_is_not_finite_leaves_the_last_checkpoint_alone(script, fa
         module.train(module.parse_args(flags(script, fault)))
     assert f"FloatingPointError: {raised.value}".startswith(NOT_FINITE[fault])
     assert raised.value.__notes__[0].startswith("after step 129 (seed 1); from step 120: python ")
+    assert raised.value.__notes__[0].endswith(" (with the same flags and seed it will likely happen again)")
     assert checkpoint(tmp_path)["global_step"] == 120
 
 
@@ -591,7 +635,9 @@ def test_what_a_resumed_run_saves_can_be_evaluated_and_resumed(script, tmp_path,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_critics_of_another_kind_do_not_take_up_what_was_learned(script, tmp_path, monkeypatch, capsys):
+def test_critics_of_another_kind_and_another_task_do_not_take_up_what_was_learned(
+    script, tmp_path, monkeypatch, capsys
+):
     """C51's critics and quantiles have the same shapes."""
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(script)
@@ -603,6 +649,10 @@ def test_critics_of_another_kind_do_not_take_up_what_was_learned(script, tmp_pat
             module.parse_args([*saved, "--critic", other])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and f"error: --critic {other}: the critics" in error
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(["--resume", f"runs/{run.name}", "--env-id", "tests.faulty:Long-v0"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "trains on tests.faulty:Walk-v0" in error
 
 
 def test_a_run_that_will_learn_nothing_says_so(tmp_path, monkeypatch, capsys):
@@ -739,6 +789,8 @@ BAD_LINES = """
 --env-id Hopper-v99 | --env-id Hopper-v99 cannot be made
 --env-id Hopper-v2 | --env-id Hopper-v2 cannot be made
 --env-id = | --env-id = cannot be made
+--env-id :Hopper-v4 | it must be an id, or module:id
+--env-id a:b:c | it must be an id, or module:id
 --total-timesteps 0 | --total-timesteps is 0
 --total-timesteps -5 | --total-timesteps is -5
 --total-timesteps 1.5 | Error parsing --total-timesteps
@@ -838,7 +890,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 57, "mfpo_continuous": 21, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 21, "smfp_continuous": 9}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))

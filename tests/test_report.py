@@ -2,6 +2,7 @@
 
 import csv
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_a_resumed_run_has_each_row_once_and_no_hours_of_pauses_or_lost_work(tmp
         ("eval", 400, 40.0, "0.5", 0.04),
     ]
     assert "- Incomplete: run, 450 of 500 steps" in text
+
+
+def test_a_run_that_was_resumed_with_other_flags_says_so(tmp_path):
+    args = sac_continuous.Args(env_id="Hopper-v4", eval_frequency=10, total_timesteps=20)
+    later = replace(args, gamma=0.9, total_timesteps=30)
+    write_session(tmp_path / "run", 0, [(1, "eval", 10, 1), (2, "eval", 20, 2)], args=args)
+    write_session(tmp_path / "run", 100, [(1, "eval", 30, 3)], purge_step=21, args=later)
+    torch.save({"args": vars(later), "global_step": 30}, tmp_path / "run/checkpoint.pt")
+    _, _, text = make([tmp_path / "run"], tmp_path / "report")
+    assert "- Changed: run was resumed with another gamma\n" in text and "Incomplete" not in text
 
 
 def test_last_scores_at_the_last_step_that_all_seeds_have(tmp_path):

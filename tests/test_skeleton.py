@@ -179,6 +179,18 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
     assert seen == [False, False, True] * 3
 
 
+def test_episodes_that_end_together_have_one_row_and_the_last_step_has_an_evaluation(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = {"env_id": "tests.faulty:Walk-v0", "total_timesteps": 100, "num_envs": 3, "learning_starts": 100}
+    sac_continuous.train(sac_continuous.Args(**flags, eval_frequency=40, eval_episodes=1))
+    (run,) = (tmp_path / "runs").iterdir()
+    rows = scalars(run)
+    assert [step for step, _ in rows["eval/episodic_return"]] == [42, 81, 99]
+    ((step, mean),) = rows["charts/episodic_return"]
+    rewards = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["rewards"]  # (33, 3)
+    assert step == 60 and mean == pytest.approx(np.mean([rewards[:20, i].sum() for i in range(3)]), rel=1e-5)
+
+
 def test_random_actions_and_an_environments_noise_are_drawn_apart():
     """Gymnasium seeds both generators alike: one seed for the two would make the noise a function of the action."""
     envs = [sac_continuous.make_env("tests.faulty:Walk-v0") for _ in range(2)]

@@ -151,6 +151,16 @@ def is_pending(pid, number):
     return int(mask, 16) >> (number - 1) & 1
 
 
+def test_a_run_whose_last_evaluation_was_stopped_is_not_complete(tmp_path):
+    (tmp_path / "task__sac__1__5").mkdir()
+    args = {"num_envs": 4, "total_timesteps": 102}
+    run = module.Run("task__sac__1", "sac_continuous", [], args, tmp_path, tmp_path / "log", 0)
+    for unscored in (False, True):
+        content = {"args": args, "global_step": 100, "unscored": unscored}
+        torch.save(content, tmp_path / "task__sac__1__5/checkpoint.pt")
+        assert run.ends_at(module.checkpoint_step(run)) == (not unscored)
+
+
 def test_no_two_runs_get_the_same_cpu(monkeypatch):
     cpus = {os.getpid() * 10 + i for i in range(3)}  # which no machine has
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
