@@ -17,6 +17,7 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
 "${sweep[@]}" --seeds 1 2 --env-ids HalfCheetah-v4 Walker2d-v4 --scripts "mfpo-recipe: $recipe" \
     "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
     "mfpo-paper-times: $recipe --time-distribution logit_normal --data-proportion 0.75" \
+    "mfpo-rate-1e-3: $recipe --learning-rate 1e-3" \
     "${flags[@]}" 20000
 "${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
     "mfpo-256x4-8: $mfpo --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \
