@@ -649,9 +649,8 @@ def train(args: Args) -> int:
 
         def score() -> None:
             """Evaluate. If a signal stops it, a resumed run begins with it."""
-            run.unscored = True
+            run.unscored, seed = True, derive_seed(args.seed, run.global_step, 0)
             for tag, policy in (("eval", play), ("eval_exploring", act)):
-                seed = derive_seed(args.seed, run.global_step, 0)
                 scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
                 if scores is None:
                     return
@@ -755,7 +754,7 @@ class Run:
             self.handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.on_signal)
         start = "" if self.saved_step is None else f" from step {self.saved_step} on"
         say(f"Training on {self.agent.log_alpha.device}{start}; the run's files are in {self.folder}")
-        if self.complete and not self.unscored:
+        if self.complete:
             say(f"no step is left; for more, raise --total-timesteps {self.args.total_timesteps}")
         return self
 
@@ -782,8 +781,8 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether no step is left."""
-        return self.global_step + self.args.num_envs > self.args.total_timesteps
+        """Whether no step and no evaluation is left."""
+        return self.global_step + self.args.num_envs > self.args.total_timesteps and not self.unscored
 
     def log(self, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard. A full disk costs the curves and not the run."""
@@ -863,7 +862,7 @@ class Run:
             if isinstance(error, FloatingPointError):
                 how += " (with the same flags and seed it will likely happen again)"
             error.add_note(f"after step {self.global_step} (seed {self.args.seed}); {how}")
-        elif self.complete and not self.unscored:
+        elif self.complete:
             self.exit_code = 0 if written else 1
             say(f"Done; the run's files are in {self.folder}" if written else f"the last files are missing; {how}")
         else:

@@ -30,7 +30,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -98,7 +98,7 @@ class Run:
     args: dict[str, str]  # as text
     reached: int  # environment steps
     curves: dict[str, dict[int, tuple]]  # metric: {step: (hours, value, std or None)}
-    changed: list[str] = field(default_factory=list)  # flags that had another value when it was resumed
+    changed: tuple[str, ...] = ()  # flags that had another value when it was resumed
 
     def __post_init__(self):
         self.env_id, self.exp_name, self.seed = self.args["env_id"], self.args["exp_name"], int(self.args["seed"])
@@ -144,7 +144,7 @@ def read_run(folder: Path, metrics: Iterable[str] = TITLES) -> Run:
     starts = np.array([EventAccumulator(str(file)).FirstEventTimestamp() for file in files])
     times = np.array(sorted({row.wall_time for series in rows.values() for row in series}))
     hours = dict(zip(times, training_hours(starts, times), strict=True))
-    run = Run(folder, args, reached, {}, sorted(changed))
+    run = Run(folder, args, reached, {}, tuple(sorted(changed)))
     for metric in metrics:
         tag = f"{metric}/episodic_return" if metric in TITLES else metric
         stds = {row.step: row.value for row in rows.get(f"{tag}_std", [])}

@@ -149,7 +149,10 @@ def plan(args: Args) -> list[Run]:
 
 
 def checkpoint_step(run: Run) -> int:
-    """The step of the run's checkpoint, 0 if it has none. Exits if it was made under other flags than the sweep's."""
+    """The step of the run's checkpoint, or the one before if its evaluation is left; 0 without a checkpoint.
+
+    Exits if it was made under other flags than the sweep's.
+    """
     path = run.checkpoint()
     if path is None:
         return 0
@@ -161,7 +164,6 @@ def checkpoint_step(run: Run) -> int:
     for name in sorted((before.keys() | now.keys()) - {"resume", "total_timesteps"}):
         if before.get(name) != now.get(name):
             fail(f"{path} has {name} {before.get(name)}, not {now.get(name)}; give the variant a name of its own")
-    # A run whose last evaluation was stopped is not complete.
     return saved["global_step"] - saved.get("unscored", False) * before["num_envs"]
 
 

@@ -167,15 +167,16 @@ def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path
 
 
 def test_a_resumed_run_makes_up_for_the_last_evaluation_that_a_signal_stopped(tmp_path):
-    line = flags("sac_continuous", "StallInEvaluation-v0", 220)
+    line = flags("sac_continuous", "StallInEvaluation-v0", 220, 40, "--save-model")
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir(), disturbed.mkdir()
-    running = stalled(disturbed, "StallInEvaluation-v0", 220)
+    running = stalled(disturbed, "StallInEvaluation-v0", 220, 40, "--save-model")
     running.terminate()
     out, _ = running.communicate()
     assert running.exitcode == 143 and out.splitlines()[-1].startswith("stopped at step 220; from step 220: python")
     done = run_program("sac_continuous", disturbed, "--resume", f"runs/{only_run(disturbed).name}")
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("Done; the run's files are in")
+    assert (only_run(disturbed) / "model.pt").exists()
     assert run_program("sac_continuous", undisturbed, *line).returncode == 0
     assert_equal_runs(only_run(undisturbed), only_run(disturbed))
     assert [step for step, _ in scalars(only_run(disturbed))["eval_exploring/episodic_return"]] == [110, 220]

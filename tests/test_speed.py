@@ -61,7 +61,7 @@ def test_our_worker_counts_the_operations_of_an_update(program):
     target, critics = forward_actor + 2 * forward_critic, 2 * learn_critic
     policy = learn_actor + 2 * 2 * forward_critic  # the critics pass the gradient to the action, none to their weights
     assert answer["operations"] == 2 * batch * (target + critics + policy)
-    assert answer["update"] > 0 and answer["floor"] > 0 and answer["peak_memory"] > 1e8
+    assert answer["update"] > answer["floor"] and answer["peak_memory"] > 1e8
 
 
 @pytest.mark.parametrize("script", speed.Args.scripts)
