@@ -1,4 +1,6 @@
-"""benchmark/gif.py, with an environment that draws without a display."""
+"""What becomes of trained weights: benchmark/gif.py, without a display, and benchmark/half.py."""
+
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 
 import smfp_continuous
-from benchmark import gif
+from benchmark import gif, half
 
 
 class Painted(gym.Wrapper):
@@ -59,3 +61,28 @@ def test_crop_keeps_the_lower_middle_and_the_proportions(size, part):
     picture = np.zeros((100, 200, 3), np.uint8)
     picture[part] = 255  # what is to be kept is white
     assert (np.array(gif.crop(Image.fromarray(picture), size)) == 255).all()
+
+
+def test_half_precision_is_numpys_and_the_script_plays_it(model, tmp_path, capsys):
+    half.main(model, tmp_path / "half.pt")
+    size, half_size = (float(word) for word in re.findall(r"([0-9.]+) MB", capsys.readouterr().out))
+    weights = torch.load(model, weights_only=True)["agent"]
+    floats = {
+        x.data_ptr(): x.numel() for x in weights.values() if x.is_floating_point()
+    }  # CrossQ's targets share theirs
+    assert size - half_size == pytest.approx(2e-6 * sum(floats.values()), abs=0.02)
+    saved, args = smfp_continuous.load_file(str(tmp_path / "half.pt"), "the file")
+    assert args.env_id == "InvertedPendulum-v4"
+    agent = smfp_continuous.Agent(4, 1, args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    for name, value in weights.items():
+        expected = value.numpy()
+        expected = expected.astype(np.float16).astype(np.float32) if value.is_floating_point() else expected
+        np.testing.assert_array_equal(agent.state_dict()[name].numpy(), expected)
+
+
+def test_a_weight_too_large_for_half_precision_is_named():
+    with pytest.raises(ValueError, match="70000 is too large"):
+        half.half({"a": torch.tensor([1.0, -70000.0])})
+    infinite, whole = torch.tensor([float("inf")]), torch.tensor(70000)
+    assert half.half({"a": infinite, "b": whole}) == {"a": infinite, "b": whole}
