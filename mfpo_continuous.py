@@ -115,6 +115,7 @@ class MethodArgs:
     data_proportion: float = 0.75  # share of the batch with r = t, which trains the instantaneous velocity (paper)
     clipped_double_q: bool = True  # take the critic of the smaller mean, or their average (paper: off on HalfCheetah)
     policy_batch_size: int | None = None  # states of the batch that train all but the critics; None: all (paper)
+    noised_actions: int = 1  # R, x_t per state in the velocity estimate, which share the policy's proposals (paper)
     # what critics learn of the return: its distribution on fixed atoms (C51, paper), its quantiles, or its mean alone
     critic: Literal["c51", "quantile", "mean"] = "c51"
     num_atoms: int = 101  # atoms of C51's distributions (paper), or the number of quantiles
@@ -297,12 +298,12 @@ def sample_times(batch_size: int, data_proportion: float, distribution: str, dev
 
 
 def meanflow_loss(average, *, x_t, r, t, velocity, instantaneous) -> torch.Tensor:
-    """Squared error (B,) of a network against its MeanFlow target, summed over outputs (MeanFlow, equations 6 and 9).
+    """Squared error (...) of a network against its MeanFlow target, summed over outputs (MeanFlow, equations 6 and 9).
 
     `average(x, r, t)` is the network. Its target is instantaneous - (t - r) d/dt average(x_t, r, t), without gradient.
-    The total derivative is along dx/dt = `velocity` (B, d), with r held fixed. `instantaneous` is the quantity that the
-    network averages over [r, t]: the velocity (B, d) for u, its divergence (B, 1) for delta. (The authors' code takes
-    the mean over outputs. Adam does not see the factor.)
+    The total derivative is along dx/dt = `velocity` (..., d), with r held fixed. `instantaneous` is the quantity that
+    the network averages over [r, t]: the velocity (..., d) for u, its divergence (..., 1) for delta. (The authors' code
+    takes the mean over outputs. Adam does not see the factor.)
     """
     with torch.no_grad():
         tangents = (velocity, torch.zeros_like(r), torch.ones_like(t))
@@ -341,29 +342,29 @@ def truncated_normal(mean: torch.Tensor, std: torch.Tensor, uniform: torch.Tenso
 
 
 def policy_log_weights(q, log_prob, x_t, actions, t, alpha) -> torch.Tensor:
-    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / pi(a_k|s) for a_k ~ pi; shape (B, K).
+    """log of exp(Q / alpha) N(x_t; (1 - t) a_k, t^2 I) / pi(a_k|s) for a_k ~ pi; shape (..., K).
 
-    q and log_prob (B, K), x_t (B, d), actions (B, K, d), t (B, 1).
+    q and log_prob (..., K), x_t (..., d), actions (..., K, d), t (..., 1) broadcast against each other.
     """
-    z = (x_t[:, None] - (1 - t[:, None]) * actions) / t[:, None]
+    z = (x_t[..., None, :] - (1 - t[..., None]) * actions) / t[..., None]
     return q / alpha + standard_normal_log_prob(z) - x_t.shape[-1] * t.log() - log_prob
 
 
 def gaussian_log_mass(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """log of the integral (B, 1) of the kernel N(x_t; (1 - t) a, t^2 I) over all a in the box; x_t (B, d), t (B, 1)."""
+    """log of the integral (..., 1) of the kernel N(x_t; (1 - t) a, t^2 I) over the box; x_t (..., d), t (..., 1)."""
     low, high = cdf_of_box((x_t / (1 - t)).double(), (t / (1 - t)).double())
-    mass = (high - low).clamp(min=1e-300)  # (B, d), of the Gaussian in [-1, 1]
+    mass = (high - low).clamp(min=1e-300)  # (..., d), of the Gaussian in [-1, 1]
     return (mass / (1 - t)).log().sum(-1, keepdim=True).float()
 
 
 def snis_velocity(log_weights: torch.Tensor, x_t: torch.Tensor, actions: torch.Tensor, t: torch.Tensor):
     """Self-normalised importance sampling of the marginal velocity E[(x_t - a_0) / t | x_t].
 
-    log_weights (B, K), x_t (B, d), actions (B, K, d), t (B, 1). Returns the velocity (B, d) and the effective sample
-    size 1 / sum_k w_k^2 (B, 1), between 1 and K.
+    log_weights (..., K), x_t (..., d), actions (..., K, d), t (..., 1). Returns the velocity (..., d) and the effective
+    sample size 1 / sum_k w_k^2 (..., 1), between 1 and K.
     """
     weights = log_weights.softmax(-1)
-    velocity = (x_t - (weights[..., None] * actions).sum(1)) / t
+    velocity = (x_t - (weights[..., None] * actions).sum(-2)) / t
     return velocity, 1 / (weights**2).sum(-1, keepdim=True)
 
 
@@ -395,15 +396,15 @@ def quantile_huber_loss(quantiles: torch.Tensor, targets: torch.Tensor) -> torch
 
 
 class VelocityEstimate(NamedTuple):
-    """What `Agent.estimate_velocity` finds at B states."""
+    """What `Agent.estimate_velocity` finds at B states, with R noised actions at each."""
 
-    x_t: torch.Tensor  # (B, d), the noised actions, at which the velocity is estimated
-    velocity: torch.Tensor  # (B, d), the Boltzmann policy's marginal velocity at x_t
-    a_0: torch.Tensor  # (B, d), the policy's actions that were noised
+    x_t: torch.Tensor  # (B, R, d), the noised actions, at which the velocity is estimated
+    velocity: torch.Tensor  # (B, R, d), the Boltzmann policy's marginal velocity at x_t
+    a_0: torch.Tensor  # (B, R, d), the policy's actions that were noised
     log_prob: torch.Tensor  # (B, K1), log pi of all policy proposals
-    ess_policy: torch.Tensor  # (B, 1), effective sample size of the policy proposal
-    ess_gaussian: torch.Tensor  # (B, 1)
-    policy_weight: torch.Tensor  # (B, 1), weight of the policy proposal in `velocity`
+    ess_policy: torch.Tensor  # (B, R, 1), effective sample size of the policy proposal
+    ess_gaussian: torch.Tensor  # (B, R, 1)
+    policy_weight: torch.Tensor  # (B, R, 1), weight of the policy proposal in `velocity`
 
 
 class Agent(nn.Module):
@@ -554,10 +555,12 @@ class Agent(nn.Module):
 
     def update_policy(self, obs: torch.Tensor, alpha: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on the policy, towards the Boltzmann policy's velocity; then divergence network and temperature."""
-        t, r = sample_times(len(obs), self.data_proportion, self.args.time_distribution, obs.device)
+        rows = len(obs) * self.args.noised_actions
+        times = sample_times(rows, self.data_proportion, self.args.time_distribution, obs.device)
+        t, r = (x.view(len(obs), -1, 1) for x in times)  # (B, R, 1)
         estimate = self.estimate_velocity(obs, t, alpha)
-        x_t, v = estimate.x_t, estimate.velocity
-        actor_loss = meanflow_loss(partial(self.actor, obs), x_t=x_t, r=r, t=t, velocity=v, instantaneous=v).mean()
+        u, x_t, v = partial(self.actor, obs[:, None]), estimate.x_t, estimate.velocity
+        actor_loss = meanflow_loss(u, x_t=x_t, r=r, t=t, velocity=v, instantaneous=v).mean()
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
@@ -574,7 +577,7 @@ class Agent(nn.Module):
         if self.args.likelihood != "none":
             metrics["diagnostics/entropy"] = entropy
         if self.args.likelihood in ("adn", "map"):
-            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0)  # after the policy's step
+            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0[:, 0])  # after the policy's
         if self.args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
             self.alpha_optimizer.zero_grad()
@@ -585,28 +588,34 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def estimate_velocity(self, obs: torch.Tensor, t: torch.Tensor, alpha: torch.Tensor) -> VelocityEstimate:
-        """The Boltzmann policy's velocity (B, d) at noised policy samples, from both proposals (paper, section 4)."""
-        batch_size, d, args = len(obs), self.action_dim, self.args
+        """The Boltzmann policy's velocity at noised policy samples, from both proposals (paper, section 4).
+
+        t (B, R, 1): the policy's proposals serve all R noised actions of a state; each has Gaussian ones of its own.
+        """
+        (batch_size, points, _), d, args = t.shape, self.action_dim, self.args
         obs = obs[:, None]  # (B, 1, obs_dim)
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
         from_policy = from_policy.clamp(-1, 1)  # log_prob stays that of the action before clipping
-        a_0 = from_policy[:, 0]  # noised to x_t; it stays a proposal, which favours it at small t (as the authors do)
-        x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
-        uniform = torch.rand(batch_size, args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
+        a_0 = from_policy[:, :points]  # noised to x_t; they stay proposals, which favours them at small t (as authors)
+        x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)  # (B, R, d)
+        uniform = torch.rand(*x_t.shape[:2], args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
         # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box.
-        from_gaussian = truncated_normal((x_t / (1 - t))[:, None], (t / (1 - t))[:, None], uniform)  # (B, K2, d)
+        mean, std = x_t / (1 - t), t / (1 - t)
+        from_gaussian = truncated_normal(mean[..., None, :], std[..., None], uniform)  # (B, R, K2, d)
 
-        q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian], 1))
-        q_policy, q_gaussian = q.split([args.policy_proposals, args.gaussian_proposals], 1)
-        log_w_policy = policy_log_weights(q_policy, log_prob, x_t, from_policy, t, alpha)
-        log_w_gaussian = q_gaussian / alpha  # the kernel cancels, but for its mass in the box, the same for all k
+        q = self.q_value(self.qf1, self.qf2, obs, torch.cat([from_policy, from_gaussian.flatten(1, 2)], 1))
+        q_policy, q_gaussian = q[:, None, : args.policy_proposals], q[:, args.policy_proposals :]
+        from_policy = from_policy[:, None]  # (B, 1, K1, d)
+        log_w_policy = policy_log_weights(q_policy, log_prob[:, None], x_t, from_policy, t, alpha)  # (B, R, K1)
+        # The kernel cancels, but for its mass in the box, the same for all k.
+        log_w_gaussian = q_gaussian.unflatten(1, (points, -1)) / alpha  # (B, R, K2)
         v_policy, ess_policy = snis_velocity(log_w_policy, x_t, from_policy, t)
         v_gaussian, ess_gaussian = snis_velocity(log_w_gaussian, x_t, from_gaussian, t)
-        policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, 1)
+        policy_weight = ess_policy / (ess_policy + ess_gaussian)  # (B, R, 1)
         if args.combination == "pooled":  # each estimate's share of all weights, which have the same mean
-            log_sum_gaussian = log_w_gaussian.logsumexp(1, True) + gaussian_log_mass(x_t, t)
-            policy_weight = (log_w_policy.logsumexp(1, True) - log_sum_gaussian).sigmoid()
+            log_sum_gaussian = log_w_gaussian.logsumexp(-1, True) + gaussian_log_mass(x_t, t)
+            policy_weight = (log_w_policy.logsumexp(-1, True) - log_sum_gaussian).sigmoid()
         if args.proposals != "both":
             policy_weight = torch.full_like(policy_weight, float(args.proposals == "policy"))
         velocity = policy_weight * v_policy + (1 - policy_weight) * v_gaussian
@@ -1187,6 +1196,7 @@ CONFLICTS = {  # what is wrong with the flags, and a function of them that is tr
     "--v-min must be below --v-max": lambda args: args.v_min >= args.v_max,
     "--critic-init-std is for --critic c51; leave it out": lambda args: args.critic_init_std and args.critic != "c51",
     "--policy-batch-size is above --batch-size; lower it": lambda args: (args.policy_batch_size or 0) > args.batch_size,
+    "--noised-actions is above --policy-proposals; lower it": lambda args: args.noised_actions > args.policy_proposals,
     "--likelihood none leaves no entropy to tune the temperature by; add --no-autotune and choose --alpha": (
         lambda args: args.likelihood == "none" and args.autotune
     ),

@@ -137,7 +137,7 @@ def run(job: tuple[str, int, Args]) -> dict:
     obs = torch.zeros(args.batch_size, 1)
     for _ in range(args.updates):
         t, r = mfpo.sample_times(args.batch_size, options["data"], options["times"], CPU)
-        x_t, velocity, a_0, *_ = agent.estimate_velocity(obs, t, torch.tensor(1.0))
+        x_t, velocity, a_0 = (x[:, 0] for x in agent.estimate_velocity(obs, t[:, None], torch.tensor(1.0))[:3])
         if options["x_t"] == "optimum":
             a_0 = CENTRES[torch.randint(4, (args.batch_size,))] + WIDTH * torch.randn(args.batch_size, 2)
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)

@@ -92,8 +92,8 @@ def measure(run: Path, args: Args) -> list[dict]:
             agent.args = mfpo.Args(**vars(trained) | {"proposals": "both"} | flags)
             repeated = obs.repeat(args.repeats, 1)
             t, _ = mfpo.sample_times(len(repeated), trained.data_proportion, trained.time_distribution, CPU)
-            estimate = agent.estimate_velocity(repeated, t, torch.tensor(alpha))
-            x_t, velocity = estimate.x_t, estimate.velocity
+            estimate = agent.estimate_velocity(repeated, t[:, None], torch.tensor(alpha))
+            x_t, velocity = estimate.x_t[:, 0], estimate.velocity[:, 0]
             exact = torch.empty_like(x_t)
             for i in range(args.states):
                 mine = slice(i, None, args.states)

@@ -1,6 +1,7 @@
 """Every equation against something independent: a closed form, quadrature, SciPy, brute-force autograd or a loop."""
 
 import importlib
+import itertools
 import math
 from functools import partial
 
@@ -493,22 +494,25 @@ def agent_with(**flags):
 
 
 def estimate(agent):
-    obs, t = batch()[0], torch.linspace(0.1, 0.9, 40)[:, None]
+    obs, t = batch()[0], torch.linspace(0.1, 0.9, 40 * agent.args.noised_actions).view(40, -1, 1)
     torch.manual_seed(1)
     return agent.estimate_velocity(obs, t, torch.tensor(0.5))._asdict()
 
 
-def test_velocity_estimate_against_a_loop():
+@pytest.mark.parametrize("points", [1, 3])
+def test_velocity_estimate_against_a_loop(points):
     """Draw by draw, with SciPy's truncated normal; the live critics judge, so other targets make no difference."""
-    agent = agent_with(v_min=-2.0, v_max=2.0)  # Q / alpha of order 1, so that several proposals count
+    # Q / alpha is of order 1, so that several proposals count.
+    agent = agent_with(v_min=-3.0, v_max=3.0, noised_actions=points)
     with torch.no_grad():
         for p in agent.q_target_parameters:
             p.add_(torch.randn_like(p))
     found = estimate(agent)
-    obs, t = batch()[0], np.linspace(0.1, 0.9, 40)
+    obs, t = batch()[0], np.linspace(0.1, 0.9, 40 * points).reshape(40, points)
     torch.manual_seed(1)
-    noise, eps, uniform = torch.randn(40, 4, 2), torch.randn(40, 2).numpy(), torch.rand(40, 6, 2, dtype=torch.float64)
-    softmax_mean = lambda logits: scipy.special.softmax(logits) @ np.linspace(-2, 2, 101)  # noqa: E731
+    noise, eps = torch.randn(40, 4, 2), torch.randn(40, points, 2).numpy()
+    uniform = torch.rand(40, points, 6, 2, dtype=torch.float64).numpy()
+    softmax_mean = lambda logits: scipy.special.softmax(logits) @ np.linspace(-3, 3, 101)  # noqa: E731
 
     def q_over_alpha(s, a):
         a = torch.tensor(a, dtype=torch.float32)
@@ -519,21 +523,22 @@ def test_velocity_estimate_against_a_loop():
         return (w @ (x - actions)) / time, 1 / (w @ w)
 
     with torch.no_grad():
-        for b in (0, 20, 39):
+        for b, j in itertools.product((0, 20, 39), reversed(range(points))):
             unclipped, trajectory = mfpo.sample_flow(agent.actor, obs[b], noise[b], 2)
             log_pi = mfpo.flow_log_prob(agent.divergence, obs[b], trajectory).numpy()
             a = np.clip(unclipped.numpy(), -1, 1)
-            x = (1 - t[b]) * a[0] + t[b] * eps[b]
-            kernel = [scipy.stats.norm((1 - t[b]) * a_k, t[b]).logpdf(x).sum() for a_k in a]
-            v_1, ess_1 = combine([q_over_alpha(obs[b], a_k) for a_k in a] + np.array(kernel) - log_pi, a, x, t[b])
-            mean, std = x / (1 - t[b]), t[b] / (1 - t[b])
-            quantile = np.where(mean < 0, 1 - uniform[b].numpy(), uniform[b].numpy())  # reflected there
+            time = t[b, j]
+            x = (1 - time) * a[j] + time * eps[b, j]
+            kernel = [scipy.stats.norm((1 - time) * a_k, time).logpdf(x).sum() for a_k in a]
+            v_1, ess_1 = combine([q_over_alpha(obs[b], a_k) for a_k in a] + np.array(kernel) - log_pi, a, x, time)
+            mean, std = x / (1 - time), time / (1 - time)
+            quantile = np.where(mean < 0, 1 - uniform[b, j], uniform[b, j])  # reflected there
             drawn = scipy.stats.truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std).ppf(quantile)
-            v_2, ess_2 = combine([q_over_alpha(obs[b], a_k) for a_k in drawn], drawn, x, t[b])
+            v_2, ess_2 = combine([q_over_alpha(obs[b], a_k) for a_k in drawn], drawn, x, time)
             expected = {"x_t": x, "ess_policy": ess_1, "ess_gaussian": ess_2, "policy_weight": ess_1 / (ess_1 + ess_2)}
             expected["velocity"] = (ess_1 * v_1 + ess_2 * v_2) / (ess_1 + ess_2)
             for name, value in expected.items():
-                np.testing.assert_allclose(found[name][b], value, rtol=1e-3, atol=1e-4, err_msg=name)
+                np.testing.assert_allclose(found[name][b, j], value, rtol=1e-3, atol=1e-4, err_msg=name)
     assert 1.2 < ess_1 < 3.8 and 1.2 < ess_2 < 5.9  # of 4 and 6: in the last one all count
 
 

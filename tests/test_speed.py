@@ -197,7 +197,7 @@ def test_what_an_optimisation_replaces_has_the_same_numbers(script, change, monk
 def test_a_velocity_estimate_by_parts_is_that_of_each_part(monkeypatch):
     torch.manual_seed(0)
     agent = mfpo.Agent(3, 2, mfpo.Args(policy_proposals=4, gaussian_proposals=6), torch.device("cpu"))
-    obs, t, alpha = torch.randn(160, 3), torch.linspace(0.1, 0.9, 160)[:, None], torch.tensor(0.5)
+    obs, t, alpha = torch.randn(160, 3), torch.linspace(0.1, 0.9, 160)[:, None, None], torch.tensor(0.5)
     torch.manual_seed(1)
     parts = [agent.estimate_velocity(obs[i : i + 64], t[i : i + 64], alpha) for i in (0, 64, 128)]
     monkeypatch.setattr(mfpo.Agent, "estimate_velocity", mfpo.Agent.estimate_velocity)  # put back afterwards
