@@ -59,20 +59,27 @@ class Args:
     seed: int = 0
 
 
-def go_on(run: Path, variant: Variant, args: Args) -> dict[str, float]:
-    """The bias, error and milliseconds of one variant from a run's checkpoint on."""
+def load_run(run: Path, flags: dict) -> tuple[mfpo.Agent, mfpo.ReplayBuffer]:
+    """The agent, with its optimisers, and the replay buffer of a run's checkpoint; eager, with some flags changed."""
     saved, trained = mfpo.load_file(run / "checkpoint.pt", "runs")
-    trained = replace(trained, compile=False, **variant.flags)
-    torch.manual_seed(args.seed)
+    trained = replace(trained, compile=False, **flags)
     obs_dim, action_dim = (saved["buffer"][name].shape[-1] for name in ("obs", "actions"))
     agent = mfpo.Agent(obs_dim, action_dim, trained, CPU)
     agent.load_state_dict(saved["agent"])
     for name, optimizer in mfpo.optimizers(agent).items():
         state = {"state": saved["optimizers"][name]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
-    agent.divergence_optimizer.param_groups[0]["lr"] = variant.divergence_lr * trained.learning_rate
     buffer = mfpo.ReplayBuffer(trained.buffer_size, trained.num_envs, obs_dim, action_dim, CPU)
     buffer.load_state_dict(saved["buffer"])
+    return agent, buffer
+
+
+def go_on(run: Path, variant: Variant, args: Args) -> dict[str, float]:
+    """The bias, error and milliseconds of one variant from a run's checkpoint on."""
+    torch.manual_seed(args.seed)
+    agent, buffer = load_run(run, variant.flags)
+    trained, action_dim = agent.args, agent.action_dim
+    agent.divergence_optimizer.param_groups[0]["lr"] = variant.divergence_lr * trained.learning_rate
     errors, seconds = [], 0.0
     for i in range(args.updates):
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""benchmark/likelihood_lag.py and likelihood.py against the same by hand, with the Jacobian by reverse mode."""
+"""benchmark/likelihood_lag.py, likelihood.py and frozen.py against the same by hand, the Jacobian by reverse mode."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rliable")
 import mfpo_continuous as mfpo
-from benchmark import likelihood
+from benchmark import frozen, likelihood
 from benchmark import likelihood_lag as lag
 
 
@@ -82,3 +82,44 @@ def test_series_against_numpy_at_each_state():
         assert row["radius, largest"] == pytest.approx(max(radii), rel=1e-3)
         assert row["5 terms"] == pytest.approx(np.mean(errors), rel=1e-2, abs=1e-6)
         x = (x - actor(obs, x, r, t) / 2).detach()
+
+
+def test_a_frozen_measurement_against_a_loop():
+    torch.manual_seed(0)
+    agent = mfpo.Agent(4, 2, mfpo.Args(), torch.device("cpu"))
+    obs = torch.randn(3, 4)
+    torch.manual_seed(1)
+    found = frozen.measure(agent, obs)
+    torch.manual_seed(1)
+    noise, values, of_mean, deviations, log_probs = torch.randn(3, 32, 2), [], [], [], []
+    with torch.no_grad():
+        for s, e in zip(obs, noise, strict=True):
+            actions = agent.sampler(s, e)[0]
+            for x in e:
+                jacobian = torch.autograd.functional.jacobian(lambda x, s=s: agent.sampler(s, x)[0], x)
+                log_probs.append(torch.distributions.Normal(0, 1).log_prob(x).sum() - jacobian.det().abs().log())
+            inside = actions.clamp(-1, 1)
+            values += [agent.q_value(agent.qf1, agent.qf2, s, a) for a in inside]
+            of_mean.append(agent.q_value(agent.qf1, agent.qf2, s, inside.mean(0)))
+            deviations.append(np.std(inside.numpy(), 0))
+    expected = [np.mean(values), np.mean(of_mean), np.mean(deviations), -np.mean(log_probs)]
+    assert [*found] == ["q", "q of the mean", "std", "entropy"]
+    np.testing.assert_allclose([*found.values()], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["8 noised actions, pooled", "gradient"])
+def test_frozen_critics_stay_and_the_policy_learns(name, run, monkeypatch):
+    monkeypatch.setitem(frozen.EIGHT, "policy_proposals", 8)  # the run has 2
+    monkeypatch.setitem(frozen.VARIANTS, "8 noised actions, pooled", frozen.EIGHT | frozen.POOLED)
+    agents, real = [], frozen.measure
+    monkeypatch.setattr(frozen, "measure", lambda agent, obs: agents.append(agent) or real(agent, obs))
+    rows = frozen.follow(run, name, frozen.Args([run], updates=8))
+    assert [row["updates"] for row in rows] == [0, 1, 2, 4, 8] and rows[0]["q"] == rows[0]["q of the mean"] == 0
+    saved = mfpo.load_file(run / "checkpoint.pt", "run")[0]["agent"]
+    for key, value in agents[-1].state_dict().items():
+        assert torch.equal(value, saved[key]) or key.startswith(("actor", "divergence")), key
+    assert not torch.equal(agents[-1].state_dict()["actor.mlp.first.weight"], saved["actor.mlp.first.weight"])
+    assert len({row["q"] for row in rows}) == 5
+    assert all(row["alpha"] == pytest.approx(saved["log_alpha"].exp().item()) for row in rows)
+    if name == "gradient":
+        assert rows[-1]["q"] > 0 and rows[-1]["q of the mean"] > 0  # it climbs
