@@ -110,7 +110,7 @@ class MethodArgs:
     learning_rate: float = 3e-4  # Adam's learning rate for every network and the temperature (paper)
     sampling_steps: int = 2  # T, the sampler's steps from noise to action (paper)
     policy_proposals: int = 16  # K1, actions of the policy per state in the velocity estimate (paper)
-    gaussian_proposals: int = 32  # K2, actions of the truncated Gaussian per state in the velocity estimate (paper)
+    gaussian_proposals: int = 32  # K2, actions of the truncated Gaussian per x_t in the velocity estimate (paper)
     divergence_probes: int = 2  # N, normal probes of the Skilling-Hutchinson estimate in --likelihood adn (paper)
     data_proportion: float = 0.75  # share of the batch with r = t, which trains the instantaneous velocity (paper)
     clipped_double_q: bool = True  # take the critic of the smaller mean, or their average (paper: off on HalfCheetah)
@@ -577,7 +577,7 @@ class Agent(nn.Module):
         if self.args.likelihood != "none":
             metrics["diagnostics/entropy"] = entropy
         if self.args.likelihood in ("adn", "map"):
-            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0[:, 0])  # after the policy's
+            metrics["losses/divergence_loss"] = self.update_divergence(obs, estimate.a_0[:, 0])  # of the new policy
         if self.args.autotune:
             alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
             self.alpha_optimizer.zero_grad()
@@ -597,7 +597,7 @@ class Agent(nn.Module):
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
         from_policy = from_policy.clamp(-1, 1)  # log_prob stays that of the action before clipping
-        a_0 = from_policy[:, :points]  # noised to x_t; they stay proposals, which favours them at small t (as authors)
+        a_0 = from_policy[:, :points]  # noised to x_t; each stays a proposal, which favours it at small t (as authors')
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)  # (B, R, d)
         uniform = torch.rand(*x_t.shape[:2], args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
         # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box.

@@ -564,14 +564,18 @@ def mfpo_reference(before, after, batch):
     gradients = {"q_optimizer": gradient(losses[0] + losses[1], before.q_parameters)}
     metrics |= critic_metrics(*(critic_mean(args, x) for x in outputs), *losses)
 
-    obs = obs[: args.policy_batch_size]
-    size = len(obs)
-    t, r = mfpo_times(args, size)
-    noise, eps = torch.randn(size, args.policy_proposals, d), torch.randn(size, d)
-    uniform = torch.rand(size, args.gaussian_proposals, d)
-    samples = [mfpo_sample(before, obs, noise[:, k]) for k in range(args.policy_proposals)]
-    from_policy, log_probs = [a.clamp(-1, 1) for a, _ in samples], [log_prob for _, log_prob in samples]
-    x = (1 - t) * from_policy[0] + t * eps
+    few = obs[: args.policy_batch_size]
+    size, points = len(few), args.noised_actions
+    rows = size * points
+    obs = few.repeat_interleave(points, 0)  # one row for each noised action
+    t, r = mfpo_times(args, rows)
+    noise, eps = torch.randn(size, args.policy_proposals, d), torch.randn(size, points, d).view(rows, d)
+    uniform = torch.rand(size, points, args.gaussian_proposals, d).view(rows, -1, d)
+    samples = [mfpo_sample(before, few, noise[:, k]) for k in range(args.policy_proposals)]
+    from_policy = [a.clamp(-1, 1).repeat_interleave(points, 0) for a, _ in samples]
+    log_probs = [log_prob.repeat_interleave(points, 0) for _, log_prob in samples]
+    a_0 = torch.stack([from_policy[i % points][i] for i in range(rows)])
+    x = (1 - t) * a_0 + t * eps
     log_weights = [
         q_value(obs, a) / alpha + Normal((1 - t) * a, t).log_prob(x).sum(-1) - log_prob
         for a, log_prob in zip(from_policy, log_probs, strict=True)
@@ -593,7 +597,7 @@ def mfpo_reference(before, after, batch):
         integral = ((to.cdf(torch.ones(d)) - to.cdf(-torch.ones(d))) / (1 - t)).prod(-1)
         gaussian_total = sum(torch.exp(w) * integral for w in log_weights)[:, None]
         both = policy_total / (policy_total + gaussian_total)
-    share = {"both": both, "policy": torch.ones(size, 1), "gaussian": torch.zeros(size, 1)}[args.proposals]
+    share = {"both": both, "policy": torch.ones(rows, 1), "gaussian": torch.zeros(rows, 1)}[args.proposals]
     velocity = share * v_policy + (1 - share) * v_gaussian
     actor_loss = mfpo_regression(before.actor, obs, x, r, t, velocity, velocity)
     gradients["actor_optimizer"] = gradient(actor_loss, before.actor.parameters())
@@ -604,15 +608,16 @@ def mfpo_reference(before, after, batch):
         "diagnostics/ess_policy": ess_policy.mean(),
         "diagnostics/ess_gaussian": ess_gaussian.mean(),
         "diagnostics/policy_proposal_weight": share.mean(),
-        "diagnostics/clipped_fraction": (samples[0][0].abs() >= 1).double().mean(),
+        "diagnostics/clipped_fraction": sum((a.abs() >= 1).double().mean() for a, _ in samples[:points]) / points,
         "diagnostics/entropy": entropy,
     }
 
+    obs, a_0 = few, samples[0][0].clamp(-1, 1)
     if args.likelihood == "map":
         divergence_loss = map_loss(before, after, obs, torch.randn(size, d))
     else:
         t, r = mfpo_times(args, size)
-        x = (1 - t) * from_policy[0] + t * torch.randn(size, d)
+        x = (1 - t) * a_0 + t * torch.randn(size, d)
         velocity = mfpo_flow(after.actor, obs, x, t, t).detach()
         probes = torch.randn(args.divergence_probes, size, d)
         products = [(e * slope(lambda h, e=e: mfpo_flow(after.actor, obs, x + h * e, t, t))).sum(-1) for e in probes]
@@ -632,6 +637,8 @@ MFPO_FLAGS = [
     {"sampling_steps": 3, "meanflow": False, "proposals": "policy"},
     {"proposals": "gaussian", "rho": 1.5, "gamma": 0.8, "num_atoms": 5},
     {"critic": "quantile", "num_atoms": 5, "policy_batch_size": 7, "combination": "pooled"},
+    {"noised_actions": 3, "policy_batch_size": 5, "combination": "pooled", "data_proportion": 0.5},
+    {"noised_actions": 2},
     {"critic": "quantile", "num_atoms": 4, "clipped_double_q": False, "likelihood": "map"},
     {"critic": "mean", "sampling_steps": 1, "likelihood": "map", "policy_batch_size": 5},
     {"critic": "mean", "clipped_double_q": False, "sampling_steps": 3, "meanflow": False, "likelihood": "map"},
