@@ -864,6 +864,8 @@ OWN_BAD_LINES = {
 --critic-init-std inf | --critic-init-std is inf
 --critic-init-std 32 --critic quantile | --critic-init-std is for --critic c51; leave it out
 --policy-batch-size 300 | --policy-batch-size is above --batch-size; lower it
+--noised-actions 17 | --noised-actions is above --policy-proposals; lower it
+--noised-actions 0 | --noised-actions is 0
 --likelihood none | add --no-autotune
 --proposals none | Invalid choice
 --combination pooled --proposals gaussian | --combination pooled needs both proposals
@@ -891,7 +893,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 21, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 23, "smfp_continuous": 9}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))
