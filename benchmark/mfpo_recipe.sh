@@ -9,6 +9,7 @@ mfpo="mfpo_continuous --policy-frequency 2 --time-distribution uniform --data-pr
 few="$mfpo --policy-batch-size 64"
 quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the networks
 recipe="$few --likelihood map $quantile"
+noised8="--noised-actions 8 --gaussian-proposals 4 --combination pooled" # as many actions in an update
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
 also=(diagnostics/q_std diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha
     diagnostics/ess_policy diagnostics/ess_gaussian)
@@ -18,6 +19,7 @@ sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_parts)
     "mfpo-c51: $few --likelihood map --critic-init-std 32" "mfpo-mean: $few --likelihood map --critic mean" \
     "mfpo-paper-times: $recipe --time-distribution logit_normal --data-proportion 0.75" \
     "mfpo-rate-1e-3: $recipe --learning-rate 1e-3" \
+    "mfpo-noised8: $recipe $noised8" "mfpo-noised8-rate-1e-3: $recipe $noised8 --learning-rate 1e-3" \
     "${flags[@]}" 20000
 "${sweep[@]}" --seeds 1 --env-ids Walker2d-v4 --scripts "mfpo-adn: $few $quantile" \
     "mfpo-256x4-8: $mfpo --policy-proposals 4 --gaussian-proposals 8 --likelihood map $quantile" \

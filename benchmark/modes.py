@@ -46,6 +46,10 @@ POLICIES = {  # name: script and flags
     "MFPO, Gaussian proposal alone": (mfpo_continuous, "--likelihood map --proposals gaussian"),
     "MFPO, map, uniform times": (mfpo_continuous, f"--likelihood map {UNIFORM}"),
     "MFPO, map, pooled, uniform times": (mfpo_continuous, f"--likelihood map --combination pooled {UNIFORM}"),
+    "MFPO, the same, 8 noised actions": (
+        mfpo_continuous,
+        f"--likelihood map --combination pooled {UNIFORM} --noised-actions 8 --gaussian-proposals 4",
+    ),
 }
 
 
