@@ -597,7 +597,7 @@ class Agent(nn.Module):
         noise = torch.randn(batch_size, args.policy_proposals, d, device=obs.device)
         from_policy, log_prob = self.sample_with_log_prob(obs, noise)  # (B, K1, d) and (B, K1)
         from_policy = from_policy.clamp(-1, 1)  # log_prob stays that of the action before clipping
-        a_0 = from_policy[:, :points]  # noised to x_t; each stays a proposal, which favours it at small t (authors' code)
+        a_0 = from_policy[:, :points]  # noised to x_t; each stays a proposal (authors' code), favoured at small t
         x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)  # (B, R, d)
         uniform = torch.rand(*x_t.shape[:2], args.gaussian_proposals, d, dtype=torch.float64, device=obs.device)
         # The kernel N(x_t; (1 - t) a, t^2 I), as a density of a in the box.
