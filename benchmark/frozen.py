@@ -1,6 +1,6 @@
 """How fast does MFPO's policy follow its critics? They stand still here, while the policy learns.
 
-    OMP_NUM_THREADS=1 python benchmark/frozen.py runs/<run> ... --out benchmark/results/proposals/frozen
+    OMP_NUM_THREADS=1 python benchmark/frozen.py runs/<run> ... --out benchmark/results/ablations/frozen
 
 Each variant goes on from a run's checkpoint for some updates of the policy and of the divergence network, with states
 from the replay buffer, the run's temperature and the same seed. At 48 of the last states before the checkpoint the
@@ -13,6 +13,7 @@ update. Networks run eagerly.
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mfpo_continuous as mfpo
-from benchmark.likelihood_lag import CPU, load_run
-from benchmark.report import fail
-from benchmark.speed import machine
+from benchmark.likelihood_lag import CPU, each_variant, load_run
 from benchmark.table import write_csv
 
 POOLED = {"combination": "pooled"}
@@ -81,39 +80,35 @@ def follow(run: Path, name: str, args: Args) -> list[dict]:
     """The rows of one variant, at five numbers of updates."""
     torch.manual_seed(args.seed)
     agent, buffer = load_run(run, (VARIANTS[name] or {}) | {"autotune": False})
-    agent.requires_grad_(False)
-    agent.actor.requires_grad_(True)
-    agent.divergence.requires_grad_(True)
-    if VARIANTS[name] is None:
-        agent.actor_optimizer.state.clear()  # it has the scale of another loss
+    agent.qf1.requires_grad_(False), agent.qf2.requires_grad_(False)
     alpha = agent.log_alpha.detach().exp()
+    learn = partial(agent.update_policy, alpha=alpha)
+    if VARIANTS[name] is None:
+        learn = partial(ascend, agent)
+        agent.actor_optimizer.state.clear()  # it has the scale of another loss
     last = buffer.added - 1 - torch.randint(0, min(buffer.added, 5_000), (48,))
-    obs, rows, seconds = buffer.rings["obs"][last % buffer.num_rows, 0], [], 0.0
-    for i in range(args.updates + 1):
-        if i in {args.updates * part // 8 for part in (0, 1, 2, 4, 8)}:
-            with mfpo.seeded(1, CPU):
-                rows.append({"run": run.name, "variant": name, "updates": i} | measure(agent, obs))
-        states = buffer.sample(agent.args.policy_batch_size or agent.args.batch_size)[0]
+    obs, rows, made, seconds = buffer.rings["obs"][last % buffer.num_rows, 0], [], 0, 0.0
+    for updates in (args.updates * part // 8 for part in (0, 1, 2, 4, 8)):
         start = time.process_time()
-        ascend(agent, states) if VARIANTS[name] is None else agent.update_policy(states, alpha)
+        for _ in range(updates - made):
+            learn(buffer.sample(agent.args.policy_batch_size or agent.args.batch_size)[0])
         seconds += time.process_time() - start
+        made = updates
+        with mfpo.seeded(1, CPU):
+            rows.append({"run": run.name, "variant": name, "updates": made} | measure(agent, obs))
     start = {quantity: rows[0][quantity] for quantity in ("q", "q of the mean")}
     for row in rows:
         row |= {quantity: row[quantity] - value for quantity, value in start.items()}
-        row |= {"alpha": alpha.item(), "ms": 1000 * seconds / (args.updates + 1)}
+        row |= {"alpha": alpha.item(), "ms": 1000 * seconds / args.updates}
     return rows
 
 
 def main(args: Args) -> None:
-    if unknown := set(args.variants) - set(VARIANTS):
-        fail(f"--variants has {unknown.pop()}; there are {', '.join(VARIANTS)}")
     rows = []
-    print(f"{machine(torch.get_num_threads())}; seed {args.seed}")
-    for run in args.runs:
-        for name in args.variants:
-            rows += follow(run, name, args)
-            for row in rows[-5:]:
-                print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+    for run, name in each_variant(args, VARIANTS):
+        rows += follow(run, name, args)
+        for row in rows[-5:]:
+            print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
     write_csv(args.out, rows)
 
 

@@ -8,6 +8,7 @@ exact one of the sampler's map. After a burn-in, the mean difference (bias), the
 nats, and the CPU time of an update are written to <out>.csv and printed. Networks run eagerly.
 """
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -104,18 +105,20 @@ def go_on(run: Path, variant: Variant, args: Args) -> dict[str, float]:
     }
 
 
-def main(args: Args) -> None:
-    if unknown := set(args.variants) - set(VARIANTS):
-        fail(f"--variants has {unknown.pop()}; there are {', '.join(VARIANTS)}")
-    rows = []
+def each_variant(args, known: dict):
+    """Refuse variants that are not `known`, print the machine, and yield each run with each variant's name."""
+    if unknown := set(args.variants) - set(known):
+        fail(f"--variants has {unknown.pop()}; there are {', '.join(known)}")
     print(f"{machine(torch.get_num_threads())}; seed {args.seed}")
-    for run in args.runs:
-        for name in args.variants:
-            row = {"run": run.name, "variant": name} | go_on(run, VARIANTS[name], args)
-            rows.append(row)
-            print(
-                f"{run.name}: {name}: bias {row['bias']:.2f}, error {row['error']:.2f}, {row['ms']:.0f} ms", flush=True
-            )
+    yield from itertools.product(args.runs, args.variants)
+
+
+def main(args: Args) -> None:
+    rows = []
+    for run, name in each_variant(args, VARIANTS):
+        row = {"run": run.name, "variant": name} | go_on(run, VARIANTS[name], args)
+        rows.append(row)
+        print(f"{run.name}: {name}: bias {row['bias']:.2f}, error {row['error']:.2f}, {row['ms']:.0f} ms", flush=True)
     write_csv(args.out, rows)
 
 

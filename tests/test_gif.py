@@ -67,9 +67,8 @@ def test_half_precision_is_numpys_and_the_script_plays_it(model, tmp_path, capsy
     half.main(model, tmp_path / "half.pt")
     size, half_size = (float(word) for word in re.findall(r"([0-9.]+) MB", capsys.readouterr().out))
     weights = torch.load(model, weights_only=True)["agent"]
-    floats = {
-        x.data_ptr(): x.numel() for x in weights.values() if x.is_floating_point()
-    }  # CrossQ's targets share theirs
+    # By address: CrossQ's critics are their own targets.
+    floats = {x.data_ptr(): x.numel() for x in weights.values() if x.is_floating_point()}
     assert size - half_size == pytest.approx(2e-6 * sum(floats.values()), abs=0.02)
     saved, args = smfp_continuous.load_file(str(tmp_path / "half.pt"), "the file")
     assert args.env_id == "InvertedPendulum-v4"
