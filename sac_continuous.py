@@ -317,6 +317,10 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
             env = gym.make(env_id, disable_env_checker=True, **mode)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {env_id} cannot be made: {error}")
+    except TypeError as error:
+        if "argument 'render_mode'" not in str(error):
+            raise
+        fail(f"--capture-video: {env_id} has no render_mode, so nothing can be recorded; leave the flag out")
     actions, observations = env.action_space, env.observation_space
     usable = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
     width = actions.high.astype(float) - actions.low if usable else np.zeros(0)
@@ -329,7 +333,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     if render:
         with refusing("--capture-video: no frame can be rendered (where there is no display, try MUJOCO_GL=egl)"):
             env.reset(seed=0)
-            env.render()
+            if not isinstance(frame := env.render(), np.ndarray):
+                raise ValueError(f"render() returned {frame!r}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 

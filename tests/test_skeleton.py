@@ -279,6 +279,30 @@ def test_observations_that_are_not_vectors_are_refused(capsys):
         assert f"--env-id {name}-v0: its observations are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_what_cannot_be_recorded_is_refused(script, capsys):
+    class Shown(Counter):
+        def __init__(self, render_mode=None):
+            super().__init__(0)
+
+        def render(self):
+            return "a text"
+
+    def broken(render_mode=None):
+        raise TypeError("a fault of its own")
+
+    gym.register("NoMode-v0", lambda: Counter(0))
+    gym.register("Shown-v0", Shown)
+    gym.register("OwnFault-v0", broken)
+    for name, message in (("NoMode", "NoMode-v0 has no render_mode"), ("Shown", "render() returned 'a text'")):
+        MODULES[script].make_env(f"{name}-v0")
+        with pytest.raises(SystemExit):
+            MODULES[script].make_env(f"{name}-v0", render=True)
+        assert message in capsys.readouterr().err
+    with pytest.raises(TypeError, match="a fault of its own"):  # theirs to debug
+        MODULES[script].make_env("OwnFault-v0", render=True)
+
+
 PAGE_FAULTS = """
 import resource, mfpo_continuous, torch
 def faults():
