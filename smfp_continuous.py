@@ -120,7 +120,7 @@ class TrainingArgs:
 @dataclass
 class MethodArgs:
     learning_starts: int = 5_000  # uniformly random steps before the first update (as in SAC)
-    policy_lr: float = 3e-4  # learning rate of the policy (as in SAC)
+    policy_lr: float = 1e-3  # learning rate of the policy (as in CrossQ, measured)
     q_lr: float = 1e-3  # learning rate of the critics and of the temperature (as in SAC and CrossQ)
     policy_frequency: int = 2  # updates of the critics per update of policy, slow copy and temperature (measured)
     autotune: bool = False  # learn the temperature; otherwise it stays at --alpha (authors: fixed)
