@@ -30,15 +30,10 @@ STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
     "MFPO": {f"mfpo_100k{i}.csv": ("mfpo-K4-8-init32",) for i in ("", "2", "3")},
     "MFPO, recipe": {"mfpo_uniform.csv": ("mfpo-uniform",), "mfpo_recipe.csv": ("mfpo-recipe",)},
-    "SMFP": {
-        "smfp_default.csv": ("smfp", "smfp-alpha0.1"),
-        "smfp_humanoid.csv": ("smfp",),
-        "smfp_seed2.csv": ("smfp",),
-    },
+    "SMFP": {"smfp_policy_lr.csv": ("smfp-policy-lr-1e-3",)},
     "SAC, CrossQ's critics": {f"sac_crossq{i}.csv": ("sac-crossq-alpha0.1",) for i in "23"},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},
 }
-STOPPED = {("smfp_default.csv", "Humanoid-v4")}  # file and task; the seed's complete run is in another file
 PUBLISHED = {  # name: (its script in published.csv, marker)
     "SAC, published": ("sac_continuous", "s"),
     "CrossQ, published": ("crossq", "o"),
@@ -56,8 +51,7 @@ def read_curves() -> Curves:
             with open(RESULTS / "learning_curves" / file) as rows:
                 for row in csv.DictReader(rows):
                     step = int(row["step"])
-                    is_ours = row["exp_name"] in exp_names and (file, row["env_id"]) not in STOPPED
-                    if is_ours and row["metric"] == "eval" and step <= STEP:
+                    if row["exp_name"] in exp_names and row["metric"] == "eval" and step <= STEP:
                         curve, value = curves[method][row["env_id"]][int(row["seed"])], float(row["value"])
                         if curve.setdefault(step, value) != value:
                             raise ValueError(f"{file} has another run of {method}, {row['env_id']}, {row['seed']}")
