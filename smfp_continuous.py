@@ -509,7 +509,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {env_id} cannot be made: {error}")
     except TypeError as error:
-        if "argument 'render_mode'" not in str(error):
+        if not render or "argument 'render_mode'" not in str(error):
             raise
         fail(f"--capture-video: {env_id} has no render_mode, so nothing can be recorded; leave the flag out")
     actions, observations = env.action_space, env.observation_space

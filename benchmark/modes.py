@@ -62,7 +62,7 @@ class Args:
     batch_size: int = 64
     """states per update, all the same one"""
     policy_lr: float = 1e-3
-    """learning rate of the policy and, in MFPO, of the divergence network; the scripts' is 3e-4, for more updates"""
+    """learning rate of the policy and, in MFPO, of the divergence network; SAC and MFPO have 3e-4, for more updates"""
     seed: int = 1
     """seed of the networks and the noise"""
     variants: tuple[str, ...] = tuple(POLICIES)
