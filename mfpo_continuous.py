@@ -116,8 +116,9 @@ class MethodArgs:
     clipped_double_q: bool = True  # take the critic of the smaller mean, or their average (paper: off on HalfCheetah)
     policy_batch_size: int | None = None  # states of the batch that train all but the critics; None: all (paper)
     noised_actions: int = 1  # R, x_t per state in the velocity estimate, which share the policy's proposals (paper)
-    # what critics learn of the return: its distribution on fixed atoms (C51, paper), its quantiles, or its mean alone
-    critic: Literal["c51", "quantile", "mean"] = "c51"
+    # what critics learn of the return: its distribution on fixed atoms (C51, paper), its quantiles, or its mean alone;
+    # or its mean in CrossQ's networks, with batch renormalisation and without target networks
+    critic: Literal["c51", "quantile", "mean", "crossq"] = "c51"
     num_atoms: int = 101  # atoms of C51's distributions (paper), or the number of quantiles
     v_min: float = -1600.0  # C51's smallest atom (paper)
     v_max: float = 1600.0  # C51's largest atom (paper)
@@ -146,6 +147,41 @@ class AblationArgs:
 @dataclass
 class Args(AblationArgs, MethodArgs, TrainingArgs, OutputArgs, RunArgs):
     """All flags. The base classes, from last to first, are the groups of --help."""
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation of the last axis, with a learned scale and offset (arXiv 1702.03275; CrossQ's constants).
+
+    In training mode it normalises (B, features) by the batch. After `warmup` batches the paper's factor r and offset d,
+    bounded by r_max and d_max, correct this towards the running statistics. In evaluation mode, that of acting and of
+    the policy's update, it uses the running statistics alone.
+    """
+
+    momentum, eps, warmup, r_max, d_max = 0.99, 1e-3, 100_000, 3.0, 5.0
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        running_std = (self.running_var + self.eps).sqrt()
+        if not self.training:
+            return torch.addcmul(self.bias, x - self.running_mean, self.weight / running_std)
+        mean = x.mean(0)
+        centred = x - mean
+        var = centred.square().mean(0)  # x.var(0) is slow on a CPU
+        std = (var + self.eps).sqrt()
+        with torch.no_grad():
+            settled = self.num_batches >= self.warmup
+            r = torch.where(settled, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
+            d = torch.where(settled, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.num_batches += 1
+        return torch.addcmul(self.bias + d * self.weight, centred, self.weight * r / std)
 
 
 class ConcatLinear(nn.Linear):
@@ -200,6 +236,20 @@ class MLP(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.rest(self.first(*inputs))
+
+
+class CrossQNetwork(nn.Module):
+    """CrossQ's critic, 256 units wide: obs (..., obs_dim) and actions (..., d) to Q(s, a) (..., 1)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.norm_obs, self.norm_actions = BatchRenorm(obs_dim), BatchRenorm(action_dim)
+        self.first = ConcatLinear((obs_dim, action_dim), 256)
+        layers = [nn.ReLU(), BatchRenorm(256), nn.Linear(256, 256), nn.ReLU(), BatchRenorm(256)]
+        self.rest = nn.Sequential(*layers, nn.Linear(256, 1))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.first(self.norm_obs(obs), self.norm_actions(actions)))
 
 
 class TimeEmbedding(nn.Module):
@@ -416,8 +466,12 @@ class Agent(nn.Module):
         self.data_proportion = args.data_proportion if args.meanflow else 1.0
         self.actor = MeanFlowNetwork(obs_dim, action_dim, action_dim)
         self.divergence = MeanFlowNetwork(obs_dim, action_dim, 1)
-        outputs = 1 if args.critic == "mean" else args.num_atoms
-        self.qf1, self.qf2 = (MLP((obs_dim, action_dim), outputs) for _ in range(2))
+        self.crossq = args.critic == "crossq"
+        if self.crossq:
+            self.qf1, self.qf2 = (CrossQNetwork(obs_dim, action_dim) for _ in range(2))
+        else:
+            outputs = 1 if args.critic == "mean" else args.num_atoms
+            self.qf1, self.qf2 = (MLP((obs_dim, action_dim), outputs) for _ in range(2))
         self.apply(xavier_uniform)
         # Not persistent: a run that goes on with another support must not get the old one back.
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)
@@ -427,17 +481,19 @@ class Agent(nn.Module):
             for output in (self.qf1.rest[-1], self.qf2.rest[-1]):
                 nn.init.zeros_(output.weight)
                 output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
-        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
+        # CrossQ has no target networks: its critics are their own targets.
+        self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
-        self.to(device)
+        self.eval().to(device)  # batch renormalisation learns in the critics' update alone
         if args.likelihood in ("exact", "map") and action_dim > 16 and device.type == "cuda":
             # Here PyTorch prefers MAGMA for determinants, which waits for the GPU. A CUDA graph cannot record that.
             torch.backends.cuda.preferred_linalg_library("cusolver")
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
-        self.q_optimizer, self.actor_optimizer = adam(self.q_parameters), adam(self.actor.parameters())
+        crossqs_own = {"lr": 1e-3, "betas": (0.5, 0.999)} if self.crossq else {}
+        self.q_optimizer, self.actor_optimizer = adam(self.q_parameters, **crossqs_own), adam(self.actor.parameters())
         self.divergence_optimizer, self.alpha_optimizer = adam(self.divergence.parameters()), adam([self.log_alpha])
         if args.compile:  # for fixed shapes; fallback_random draws the same numbers as the eager update
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})
@@ -498,22 +554,21 @@ class Agent(nn.Module):
         with torch.no_grad():
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             a_next, next_log_prob = self.sample_with_log_prob(next_obs, noise)
-            a_next = a_next.clamp(-1, 1)
-            (target1, mean1), (target2, mean2) = (
-                self.critic_target(qf(next_obs, a_next), rewards, terminations, alpha * next_log_prob)
-                for qf in (self.qf1_target, self.qf2_target)
-            )
-            if args.clipped_double_q:
-                target = torch.where((mean1 < mean2)[:, None], target1, target2)
-            else:  # the two distributions' mixture
-                target = (target1 + target2) / 2 if args.critic == "c51" else torch.cat([target1, target2], -1)
-        outputs = torch.stack([self.qf1(obs, actions), self.qf2(obs, actions)])  # (2, B, N)
+        outputs, next_outputs = self.critic_outputs(obs, actions, next_obs, a_next.clamp(-1, 1))
+        (target1, mean1), (target2, mean2) = (
+            self.critic_target(x, rewards, terminations, alpha * next_log_prob) for x in next_outputs
+        )
+        if args.clipped_double_q:
+            target = torch.where((mean1 < mean2)[:, None], target1, target2)
+        else:  # the two distributions' mixture
+            target = (target1 + target2) / 2 if args.critic == "c51" else torch.cat([target1, target2], -1)
         qf1_loss, qf2_loss = (self.critic_loss(x, target) for x in outputs)
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         self.q_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
+        if not self.crossq:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.q_target_parameters, self.q_parameters, args.tau)
         outputs = outputs.detach()
         q_values = self.q_mean(outputs)  # (2, B)
         metrics = {
@@ -531,6 +586,18 @@ class Agent(nn.Module):
         if args.critic == "quantile":
             metrics["diagnostics/q_std"] = outputs.std(-1, correction=0).mean()
         return metrics
+
+    def critic_outputs(self, obs, actions, next_obs, next_actions) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs (2, B, N) of both critics at s, a and, without gradient, of both target critics at s', a'."""
+        if self.crossq:  # which normalises both pairs by the statistics of the two together (arXiv 1902.05605)
+            self.train()
+            both = torch.cat([obs, next_obs]), torch.cat([actions, next_actions])
+            outputs, next_outputs = torch.stack([self.qf1(*both), self.qf2(*both)]).chunk(2, dim=1)
+            self.eval()
+            return outputs, next_outputs.detach()
+        with torch.no_grad():
+            next_outputs = torch.stack([qf(next_obs, next_actions) for qf in (self.qf1_target, self.qf2_target)])
+        return torch.stack([self.qf1(obs, actions), self.qf2(obs, actions)]), next_outputs
 
     def critic_target(self, outputs, rewards, terminations, entropy_term) -> tuple[torch.Tensor, torch.Tensor]:
         """The critics' target and its mean (B,), from a target critic's outputs (B, N) and alpha log pi (B,) at s', a'.
