@@ -492,8 +492,8 @@ class Agent(nn.Module):
         self.q_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.q_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
-        crossqs_own = {"lr": 1e-3, "betas": (0.5, 0.999)} if self.crossq else {}
-        self.q_optimizer, self.actor_optimizer = adam(self.q_parameters, **crossqs_own), adam(self.actor.parameters())
+        self.q_optimizer = adam(self.q_parameters, betas=(0.5 if self.crossq else 0.9, 0.999))
+        self.actor_optimizer = adam(self.actor.parameters())
         self.divergence_optimizer, self.alpha_optimizer = adam(self.divergence.parameters()), adam([self.log_alpha])
         if args.compile:  # for fixed shapes; fallback_random draws the same numbers as the eager update
             self.update = torch.compile(self.update, dynamic=False, options={"fallback_random": True})

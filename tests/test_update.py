@@ -285,7 +285,7 @@ def smfp_log_prob(y, mean, std):
 
 
 def smfp_q(qf, obs, actions, statistics=None):
-    norm = renorm if isinstance(qf.norm_obs, smfp.BatchRenorm) else lambda layer, x, statistics: x
+    norm = renorm if renorm_layers(qf) else lambda layer, x, statistics: x
     obs = obs.expand(*actions.shape[:-1], -1)
     x = torch.cat([norm(qf.norm_obs, obs, statistics), norm(qf.norm_actions, actions, statistics)], -1)
     x = norm(qf.rest[1], torch.relu(linear(qf.first, x)), statistics)
@@ -494,7 +494,9 @@ def importance_estimate(log_weights, actions, x, t):
     return velocity, 1 / sum((w / total) ** 2 for w in weights)
 
 
-def critic_outputs(qf, obs, actions):
+def critic_outputs(qf, obs, actions, statistics=None):
+    if isinstance(qf, mfpo.CrossQNetwork):
+        return smfp_q(qf, obs, actions, statistics)[..., None]
     return mlp(qf, torch.cat([obs, actions], -1))
 
 
@@ -529,7 +531,7 @@ def quantile_losses(before, outputs, next_outputs, backup):
         for b in range(BATCH_SIZE):
             smaller = min((g[b] for g in goals), key=lambda z: z.mean())
             z = smaller if before.args.clipped_double_q else torch.cat([g[b] for g in goals])
-            if before.args.critic == "mean":
+            if before.args.critic in ("mean", "crossq"):
                 total += (x[b, 0] - z.mean()) ** 2
                 continue
             for i in range(n):
@@ -538,7 +540,7 @@ def quantile_losses(before, outputs, next_outputs, backup):
                 tau = (i + 0.5) / n
                 total += (torch.where(u < 0, 1 - tau, tau) * huber).sum() / len(z)
         losses.append(total / BATCH_SIZE)
-    if before.args.critic == "mean":
+    if before.args.critic in ("mean", "crossq"):
         return losses, {}
     return losses, {"diagnostics/q_std": sum(x.std(-1, correction=0).mean() for x in outputs) / 2}
 
@@ -552,8 +554,12 @@ def mfpo_reference(before, after, batch):
         return torch.minimum(q1, q2).detach() if args.clipped_double_q else (q1 + q2).detach() / 2
 
     a, log_prob = mfpo_sample(before, next_obs, torch.randn(BATCH_SIZE, d))
-    outputs = [critic_outputs(qf, obs, actions) for qf in (before.qf1, before.qf2)]
-    next_outputs = [critic_outputs(qf, next_obs, a.clamp(-1, 1)) for qf in (before.qf1_target, before.qf2_target)]
+    next_actions = a.clamp(-1, 1)
+    if args.critic == "crossq":
+        outputs, next_outputs = crossq_values(critic_outputs, before, after, ((obs, actions), (next_obs, next_actions)))
+    else:
+        outputs = [critic_outputs(qf, obs, actions) for qf in (before.qf1, before.qf2)]
+        next_outputs = [critic_outputs(qf, next_obs, next_actions) for qf in (before.qf1_target, before.qf2_target)]
     find_losses = c51_losses if args.critic == "c51" else quantile_losses
     losses, metrics = find_losses(
         before,
@@ -642,6 +648,8 @@ MFPO_FLAGS = [
     {"critic": "quantile", "num_atoms": 4, "clipped_double_q": False, "likelihood": "map"},
     {"critic": "mean", "sampling_steps": 1, "likelihood": "map", "policy_batch_size": 5},
     {"critic": "mean", "clipped_double_q": False, "sampling_steps": 3, "meanflow": False, "likelihood": "map"},
+    {"critic": "crossq", "learning_rate": 0.01, "noised_actions": 2, "combination": "pooled"},
+    {"critic": "crossq", "clipped_double_q": False, "policy_batch_size": 5, "likelihood": "map"},
 ]
 
 
@@ -652,14 +660,17 @@ def test_mfpo(flags, action_dim):
     agent = new_agent(mfpo, action_dim, few | flags)
     names = ("q", "actor", "divergence", "alpha")
     rates = {f"{name}_optimizer": agent.args.learning_rate for name in names}
-    slow = {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    settle(agent)
+    slow = {} if agent.crossq else {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
     # The Gaussian's proposals are rounded to float32, and that may go either way.
     check_updates(agent, action_dim, mfpo_reference, rates, slow, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("candidates", [1, 4])
-def test_mfpo_acts_by_the_best_of_its_candidates(candidates):
-    agent, obs = new_agent(mfpo, 2, {"eval_candidates": candidates}), torch.randn(5, OBS_DIM)
+@pytest.mark.parametrize(("candidates", "critic"), [(1, "c51"), (4, "c51"), (4, "crossq")])
+def test_mfpo_acts_by_the_best_of_its_candidates(candidates, critic):
+    agent = new_agent(mfpo, 2, {"eval_candidates": candidates, "critic": critic})
+    settle(agent)
+    obs, before = torch.randn(5, OBS_DIM), copy.deepcopy(agent.state_dict())
     for act, k in ((agent.sample_actions, 1), (agent.eval_actions, candidates)):
         torch.manual_seed(1)
         actions = act(obs)
@@ -668,3 +679,13 @@ def test_mfpo_acts_by_the_best_of_its_candidates(candidates):
         targets = agent.qf1_target, agent.qf2_target
         q = [torch.minimum(*(critic_mean(agent.args, critic_outputs(qf, obs, b)) for qf in targets)) for b in a]
         torch.testing.assert_close(actions, torch.stack(a, 1)[torch.arange(5), torch.stack(q).argmax(0)])
+    for name, value in agent.state_dict().items():  # CrossQ's statistics stay
+        assert torch.equal(value, before[name]), name
+
+
+def test_mfpo_has_crossqs_settings_for_crossqs_critics_alone():
+    agent = new_agent(mfpo, 2, {"critic": "crossq"})
+    assert not any("target" in name for name, _ in agent.named_parameters())
+    optimizers = agent.q_optimizer, agent.actor_optimizer, agent.divergence_optimizer, agent.alpha_optimizer
+    assert [optimizer.defaults["betas"] for optimizer in optimizers] == [(0.5, 0.999)] + 3 * [(0.9, 0.999)]
+    assert new_agent(mfpo, 2, {}).q_optimizer.defaults["betas"] == (0.9, 0.999)
