@@ -502,7 +502,7 @@ class Agent(nn.Module):
         """The mean (...) of the return, from a critic's outputs (..., N): logits, quantiles, or the mean itself."""
         return outputs.softmax(-1) @ self.atoms if self.args.critic == "c51" else outputs.mean(-1)
 
-    def q_value(self, qf1: MLP, qf2: MLP, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def q_value(self, qf1: nn.Module, qf2: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a) (...): the smaller of the two critics' means or, without clipped double Q, their average."""
         q1, q2 = (self.q_mean(qf(obs, actions)) for qf in (qf1, qf2))
         return torch.minimum(q1, q2) if self.args.clipped_double_q else (q1 + q2) / 2
@@ -549,7 +549,7 @@ class Agent(nn.Module):
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_critics(self, obs, actions, rewards, terminations, next_obs, alpha) -> dict[str, torch.Tensor]:
-        """One step on the critics, then on the target critics. a' is from the current policy: no target actor."""
+        """One step on the critics, then on their targets, if any. a' is from the current policy: no target actor."""
         args = self.args
         with torch.no_grad():
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
