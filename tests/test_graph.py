@@ -151,7 +151,10 @@ def trained(script, options, graphed, updates=100):
         shapes = {name: ring.shape[1:] for name, ring in buffer.rings.items()}
         buffer.add(**{name: random.uniform(-1, 1, shape) for name, shape in shapes.items()})
     learn = module.CudaGraph(lambda with_policy: agent.update(*buffer.sample(64), with_policy), graphed)
-    losses = [learn(with_policy=i % 4 != 3)["losses/qf1_loss"].item() for i in range(updates)]
+    losses = []
+    for i in range(updates):
+        module.scale_learning_rates(agent, 1 - i / updates)
+        losses.append(learn(with_policy=i % 4 != 3)["losses/qf1_loss"].item())
     return agent, torch.tensor(losses)
 
 
@@ -179,6 +182,7 @@ def test_compiled_training_equals_eager_training(script, options):
         metrics.append([])
         for i, (obs, actions, rewards, terminations, next_obs) in enumerate(numbers):
             batch = obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs
+            module.scale_learning_rates(agent, 1 - i / len(numbers))
             metrics[-1].append(agent.update(*batch, with_policy=i % args.policy_frequency == 0))
         assert ("update" in vars(agent)) == compiled
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)
