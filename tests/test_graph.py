@@ -182,7 +182,7 @@ def test_compiled_training_equals_eager_training(script, options):
         metrics.append([])
         for i, (obs, actions, rewards, terminations, next_obs) in enumerate(numbers):
             batch = obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs
-            module.scale_learning_rates(agent, 1 - i / len(numbers))
+            module.scale_learning_rates(agent, 0.5 ** (i // 20))
             metrics[-1].append(agent.update(*batch, with_policy=i % args.policy_frequency == 0))
         assert ("update" in vars(agent)) == compiled
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)
