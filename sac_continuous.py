@@ -95,7 +95,6 @@ class TrainingArgs:
     tau: float = 0.005  # step of the target critics' moving average (CrossQ's critics have no targets)
     batch_size: int = 256  # transitions per update
     utd_ratio: float = 1.0  # updates per environment step
-    final_lr_fraction: float = 1.0  # learning rates fall linearly to this share of theirs at --total-timesteps
 
 
 @dataclass
@@ -488,9 +487,6 @@ def train(args: Args) -> int:
             # the first step has nothing to learn from.)
             while buffer.added and run.num_updates < int((global_step - args.learning_starts) * args.utd_ratio):
                 run.num_updates += 1
-                if args.final_lr_fraction < 1:
-                    fallen = (1 - args.final_lr_fraction) * global_step / args.total_timesteps
-                    scale_learning_rates(agent, 1 - fallen)
                 run.metrics |= learn(with_policy=run.num_updates % args.policy_frequency == 0)
 
             steps = [step(env, action) for env, action in zip(envs, actions, strict=True)]
@@ -735,16 +731,6 @@ def optimizers(agent: Agent) -> dict[str, torch.optim.Optimizer]:
     return {name: value for name, value in vars(agent).items() if isinstance(value, torch.optim.Optimizer)}
 
 
-def scale_learning_rates(agent: Agent, share: float) -> None:
-    """Set the learning rates to this share of the flags'. They become tensors, which a CUDA graph reads each time."""
-    for optimizer in optimizers(agent).values():
-        for group in optimizer.param_groups:
-            if "initial_lr" not in group:
-                group["initial_lr"] = group["lr"]
-                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
-            group["lr"].fill_(share * group["initial_lr"])
-
-
 def derive_seed(*key: int) -> int:
     """A seed below 2^31 for one purpose at one step, so that nothing depends on how many numbers were drawn before.
 
@@ -817,8 +803,7 @@ def set_up_torch(args: Args) -> torch.device:
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-# Other numbers are positive.
-LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1), "final_lr_fraction": (0, 1)}
+LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # other numbers are positive
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
 LIMITS |= {"diagnostics_frequency": (0, 1e30), "rho": (-1e30, 1e30)}
 CONFLICTS = {}  # what is wrong with the flags, and a function of them that is true where it is; SAC has none

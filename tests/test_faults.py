@@ -87,7 +87,7 @@ def assert_equal_runs(first, second):
 @pytest.mark.parametrize(("script", "kills"), [("sac_continuous", 3), ("smfp_continuous", 1), ("mfpo_continuous", 1)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_never_killed(script, kills, tmp_path):
     """Kill -9 at random moments, every third one while a checkpoint is being written; then resume and compare."""
-    line = [*flags(script, steps=60 * kills, every=20), "--utd-ratio", "0.25", "--final-lr-fraction", "0.1"]
+    line = [*flags(script, steps=60 * kills, every=20), "--utd-ratio", "0.25"]
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir(), disturbed.mkdir()
     process = Program(script, undisturbed, *line)

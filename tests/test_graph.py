@@ -151,10 +151,7 @@ def trained(script, options, graphed, updates=100):
         shapes = {name: ring.shape[1:] for name, ring in buffer.rings.items()}
         buffer.add(**{name: random.uniform(-1, 1, shape) for name, shape in shapes.items()})
     learn = module.CudaGraph(lambda with_policy: agent.update(*buffer.sample(64), with_policy), graphed)
-    losses = []
-    for i in range(updates):
-        module.scale_learning_rates(agent, 1 - i / updates)
-        losses.append(learn(with_policy=i % 4 != 3)["losses/qf1_loss"].item())
+    losses = [learn(with_policy=i % 4 != 3)["losses/qf1_loss"].item() for i in range(updates)]
     return agent, torch.tensor(losses)
 
 
@@ -182,7 +179,6 @@ def test_compiled_training_equals_eager_training(script, options):
         metrics.append([])
         for i, (obs, actions, rewards, terminations, next_obs) in enumerate(numbers):
             batch = obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs
-            module.scale_learning_rates(agent, 0.5 ** (i // 20))
             metrics[-1].append(agent.update(*batch, with_policy=i % args.policy_frequency == 0))
         assert ("update" in vars(agent)) == compiled
     torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)

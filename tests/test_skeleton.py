@@ -179,69 +179,6 @@ def test_policy_frequency(script, monkeypatch, tmp_path):
     assert seen == [False, False, True] * 3
 
 
-def rates(module):
-    """Each optimiser's learning rate by the default flags."""
-    args = module.Args()
-    names = module.optimizers(module.Agent(3, 1, args, torch.device("cpu")))
-    policys = [name for name in names if name in ("actor_optimizer", "policy_optimizer")]
-    if hasattr(args, "learning_rate"):
-        return dict.fromkeys(names, args.learning_rate)
-    return dict.fromkeys(names, args.q_lr) | dict.fromkeys(policys, args.policy_lr)
-
-
-@pytest.mark.parametrize("script", MODULES)
-@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
-def test_learning_rates_fall_linearly_to_their_fraction(script, fraction, monkeypatch, tmp_path):
-    """They stay where the fraction is 1, and a run that is resumed with more steps has those of its new length."""
-    module, seen = MODULES[script], []
-    real = module.Agent.update
-
-    def update(agent, *batch):
-        optimizers = module.optimizers(agent)
-        seen.append({name: float(optimizer.param_groups[0]["lr"]) for name, optimizer in optimizers.items()})
-        return real(agent, *batch)
-
-    monkeypatch.setattr(module.Agent, "update", update)
-    monkeypatch.chdir(tmp_path)
-    flags = {
-        "env_id": "Pendulum-v1",
-        "learning_starts": 40,
-        "batch_size": 4,
-        "eval_frequency": 0,
-        "final_lr_fraction": fraction,
-        "cuda": False,  # a graph's replay calls no Python
-    }
-    module.train(module.Args(**flags, total_timesteps=50))
-    (run,) = tmp_path.glob("runs/*")
-    module.train(module.Args(**flags, total_timesteps=60, resume=str(run)))
-    for name, rate in rates(module).items():
-        expected = [
-            rate * np.interp(step, [0, total], [1, fraction])
-            for total, steps in ((50, range(41, 51)), (60, range(51, 61)))
-            for step in steps
-        ]
-        np.testing.assert_allclose([rates[name] for rates in seen], expected, rtol=1e-6, atol=1e-12, err_msg=name)
-
-
-@pytest.mark.parametrize("script", MODULES)
-def test_a_scaled_learning_rate_is_that_of_smaller_flags(script):
-    module, agents = MODULES[script], []
-    few = {"policy_proposals": 2, "gaussian_proposals": 2} if script == "mfpo_continuous" else {}
-    args = module.Args(**few, autotune=True)
-    smaller = {name: getattr(args, name) / 4 for name in ("learning_rate", "q_lr", "policy_lr") if hasattr(args, name)}
-    batches = torch.rand(5, 5, 16, 11, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    for share in (None, 0.25):
-        torch.manual_seed(0)
-        agent = module.Agent(11, 3, args if share else dataclasses.replace(args, **smaller), torch.device("cpu"))
-        agents.append(agent)
-        for obs, actions, rewards, terminations, next_obs in batches:
-            if share:
-                module.scale_learning_rates(agent, share)
-            agent.update(obs, actions[:, :3], rewards[:, 0], (terminations[:, 0] > 0.8).float(), next_obs)
-    for name, value in agents[0].state_dict().items():
-        torch.testing.assert_close(agents[1].state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_episodes_that_end_together_have_one_row_and_the_last_step_has_an_evaluation(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flags = {"env_id": "tests.faulty:Walk-v0", "total_timesteps": 100, "num_envs": 3, "learning_starts": 100}
