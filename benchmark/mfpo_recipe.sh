@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MFPO where two cores must do. Fewer states instead of fewer proposals, a likelihood of the sampler's own steps, and times
-# that are uniform. With that quantile critics ("the quantile recipe"), or CrossQ's critics, a higher learning rate, 8 noised
-# actions per state and a fixed temperature ("the recipe"). First what each part of the older one does, then both on five
+# that are uniform. The quantile recipe has quantile critics, too. The recipe has CrossQ's critics, a higher learning rate,
+# 8 noised actions per state and a fixed temperature. First what each part of the quantile recipe does; then both on five
 # tasks, and the recipe with a learned temperature.
 #     bash benchmark/mfpo_recipe.sh         SEEDS="1 2" for more in the second part; restarted, it goes on
 set -euo pipefail

@@ -53,8 +53,7 @@ TEXT = "hyperparameters/text_summary"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_continuous.py"))
 DEFAULTS = {x: {k: str(v) for k, v in vars(importlib.import_module(x).Args()).items()} for x in SCRIPTS}  # of the flags
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind safe
-# To tell lines without colour.
-DASHES = ["-", (0, (5, 1)), (0, (3, 0.8, 1, 0.8)), (0, (1.2, 0.6)), (0, (8, 1, 1, 1)), (0, (2, 2))]
+DASHES = ["-", (0, (5, 1)), (0, (3, 0.8, 1, 0.8)), (0, (1.2, 0.6)), (0, (8, 1, 1, 1))]  # to tell lines without colour
 Cells = dict[tuple[str, str], list["Run"]]
 """(env_id, exp_name): its runs, sorted by seed"""
 
