@@ -126,6 +126,8 @@ class MethodArgs:
     v_max: float = 1600.0  # C51's largest atom (paper)
     critic_init_std: float | None = None  # a new C51 critic's standard deviation, roughly; None: a wide start (paper)
     policy_frequency: int = 1  # updates of the critics per update of everything else (paper)
+    # step of the moving average of the policy's weights, per update of the policy, with which it acts; 1: none (paper)
+    policy_tau: float = 1.0
     autotune: bool = True  # learn the temperature; otherwise it stays at --alpha
     alpha: float = 0.01  # the temperature, or its first value when it is learned (paper)
     rho: float = 0.5  # the target entropy is -rho d for d action dimensions (paper)
@@ -485,6 +487,8 @@ class Agent(nn.Module):
                 output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
         # CrossQ has no target networks: its critics are their own targets.
         self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
+        # The policy, wherever actions are sampled. `actor` is what learns.
+        self.slow_actor = copy.deepcopy(self.actor) if args.policy_tau < 1 else self.actor
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
@@ -511,7 +515,7 @@ class Agent(nn.Module):
 
     def sampler(self, obs: torch.Tensor, noise: torch.Tensor):
         """`sample_flow` of the policy."""
-        return sample_flow(self.actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
+        return sample_flow(self.slow_actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
 
     def sample_with_log_prob(self, obs: torch.Tensor, noise: torch.Tensor):
         """Actions before clipping (..., d) and their log pi (...) by --likelihood; zeros where that is none."""
@@ -633,6 +637,10 @@ class Agent(nn.Module):
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
+        if self.args.policy_tau < 1:
+            with torch.no_grad():
+                slow, fast = [*self.slow_actor.parameters()], [*self.actor.parameters()]
+                torch._foreach_lerp_(slow, fast, self.args.policy_tau)
 
         metrics = {
             "losses/actor_loss": actor_loss,
@@ -704,7 +712,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
             probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
-            v, div_v = hutchinson_divergence(lambda x: self.actor(obs, x, t, t), x_t, probes)
+            v, div_v = hutchinson_divergence(lambda x: self.slow_actor(obs, x, t, t), x_t, probes)
         delta = partial(self.divergence, obs)
         return meanflow_loss(delta, x_t=x_t, r=r, t=t, velocity=v, instantaneous=div_v).mean()
 
@@ -718,7 +726,7 @@ class Agent(nn.Module):
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             x, r, t = map(torch.stack, zip(*self.sampler(obs, noise)[1], strict=True))  # (T, B, d), (T, 1), (T, 1)
             r, t = r[:, None], t[:, None]  # (T, 1, 1)
-            target = -steps * log_abs_det(lambda x: x - self.actor(obs, x, r, t) / steps, x)
+            target = -steps * log_abs_det(lambda x: x - self.slow_actor(obs, x, r, t) / steps, x)
         return ((self.divergence(obs, x, r, t).squeeze(-1) - target) ** 2).mean()
 
     @torch.no_grad()
@@ -731,7 +739,7 @@ class Agent(nn.Module):
         """
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
-        gap = actions - sample_flow(self.actor, obs, noise, 64, meanflow=False)[0]
+        gap = actions - sample_flow(self.slow_actor, obs, noise, 64, meanflow=False)[0]
         random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
         if self.args.critic == "c51":

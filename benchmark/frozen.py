@@ -79,7 +79,7 @@ def measure(agent: mfpo.Agent, obs: torch.Tensor) -> dict[str, float]:
 def follow(run: Path, name: str, args: Args) -> list[dict]:
     """The rows of one variant, at five numbers of updates."""
     torch.manual_seed(args.seed)
-    agent, buffer = load_run(run, (VARIANTS[name] or {}) | {"autotune": False})
+    agent, buffer = load_run(run, (VARIANTS[name] or {"policy_tau": 1.0}) | {"autotune": False})
     agent.qf1.requires_grad_(False), agent.qf2.requires_grad_(False)
     alpha = agent.log_alpha.detach().exp()
     learn = partial(agent.update_policy, alpha=alpha)

@@ -16,7 +16,12 @@ from benchmark import likelihood_lag as lag
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     args = mfpo.Args(
-        env_id="tests.faulty:Walk-v0", policy_proposals=2, gaussian_proposals=2, batch_size=8, policy_batch_size=4
+        env_id="tests.faulty:Walk-v0",
+        policy_proposals=2,
+        gaussian_proposals=2,
+        batch_size=8,
+        policy_batch_size=4,
+        policy_tau=0.5,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -64,9 +69,10 @@ def test_without_a_learning_rate_the_network_stays_as_it_was(run, monkeypatch, c
 
 def test_series_against_numpy_at_each_state():
     torch.manual_seed(0)
-    agent = mfpo.Agent(4, 3, mfpo.Args(policy_batch_size=4), torch.device("cpu"))
+    agent = mfpo.Agent(4, 3, mfpo.Args(policy_batch_size=4, policy_tau=0.5), torch.device("cpu"))
+    agent.actor.apply(mfpo.xavier_uniform)
     obs, noise = torch.randn(5, 4), torch.randn(5, 3)
-    actor = agent.actor
+    actor = agent.slow_actor
     found = likelihood.series(agent, obs, noise)
     x = noise
     for row, (r, t) in zip(found, ((0.5, 1.0), (0.0, 0.5)), strict=True):
@@ -117,8 +123,9 @@ def test_frozen_critics_stay_and_the_policy_learns(name, run, monkeypatch):
     assert [row["updates"] for row in rows] == [0, 1, 2, 4, 8] and rows[0]["q"] == rows[0]["q of the mean"] == 0
     saved = mfpo.load_file(run / "checkpoint.pt", "run")[0]["agent"]
     for key, value in agents[-1].state_dict().items():
-        assert torch.equal(value, saved[key]) or key.startswith(("actor", "divergence")), key
-    assert not torch.equal(agents[-1].state_dict()["actor.mlp.first.weight"], saved["actor.mlp.first.weight"])
+        assert torch.equal(value, saved[key]) or key.startswith(("actor", "slow_actor", "divergence")), key
+    weights = "slow_actor.mlp.first.weight"
+    assert not torch.equal(agents[-1].state_dict()[weights], saved[weights])
     assert len({row["q"] for row in rows}) == 5
     assert all(row["alpha"] == pytest.approx(saved["log_alpha"].exp().item()) for row in rows)
     if name == "gradient":

@@ -321,7 +321,7 @@ def test_the_log_probs_that_likelihood_py_compares_in_closed_form():
             return torch.full_like(x[:, :1], delta)
 
     agent = agent_with(sampling_steps=steps)
-    agent.actor, agent.divergence = Linear(), Constant()
+    agent.slow_actor, agent.divergence = Linear(), Constant()
     noise = torch.randn(30, 2)
     normal = torch.from_numpy(scipy.stats.norm.logpdf(noise).sum(-1)).float()
     logs = log_probs(agent, torch.zeros(30, 3), noise)
@@ -543,12 +543,12 @@ def test_velocity_estimate_against_a_loop(points, v_max):
 
 
 def test_target_critics_move_by_tau_and_the_divergence_follows_the_policy_as_it_is_now(monkeypatch):
-    agent, seen = agent_with(tau=0.25), []
+    agent, seen = agent_with(tau=0.25, policy_tau=0.5), []
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     real = mfpo.hutchinson_divergence
 
     def recorded(*arguments):
-        seen.append([p.clone() for p in agent.actor.parameters()])
+        seen.append([p.clone() for p in agent.slow_actor.parameters()])
         return real(*arguments)
 
     monkeypatch.setattr(mfpo, "hutchinson_divergence", recorded)
@@ -559,9 +559,9 @@ def test_target_critics_move_by_tau_and_the_divergence_follows_the_policy_as_it_
             expected = before[f"{qf}_target.{name}"].lerp(after[f"{qf}.{name}"], 0.25)
             torch.testing.assert_close(after[f"{qf}_target.{name}"], expected)
     (then,) = seen
-    now = [*agent.actor.parameters()]
+    now = [*agent.slow_actor.parameters()]
     assert all(torch.equal(p, q) for p, q in zip(then, now, strict=True))
-    assert not torch.equal(now[0], before["actor.embed_t.frequencies"])
+    assert not torch.equal(now[0], before["slow_actor.embed_t.frequencies"])
 
 
 def test_proposals_flag_changes_the_velocity_and_nothing_else():

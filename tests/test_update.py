@@ -123,9 +123,10 @@ def slope(f, h=1e-3):
 
 @pytest.mark.parametrize("module", [sac, smfp, mfpo])
 def test_the_slow_copies_of_a_new_agent_are_what_they_follow(module):
-    flags = {} if module is mfpo else {"critic": "sac"}  # CrossQ has no slow copies
+    flags = {"policy_tau": 0.05} if module is mfpo else {"critic": "sac"}  # CrossQ has no slow copies
     agent = module.Agent(OBS_DIM, 2, module.Args(**flags), torch.device("cpu"))
-    copies = {"qf1_target": "qf1", "qf2_target": "qf2"} | ({"slow_policy": "policy"} if module is smfp else {})
+    copies = {"qf1_target": "qf1", "qf2_target": "qf2"}
+    copies |= {sac: {}, smfp: {"slow_policy": "policy"}, mfpo: {"slow_actor": "actor"}}[module]
     for name, followed in copies.items():
         pairs = zip(getattr(agent, name).parameters(), getattr(agent, followed).parameters(), strict=True)
         assert all(p is not q and torch.equal(p, q) for p, q in pairs)
@@ -446,7 +447,7 @@ def mfpo_sample(agent, obs, x):
         t = 1 - i / steps
         r = t - 1 / steps if agent.args.meanflow else t
         log_prob = log_prob + mfpo_flow(agent.divergence, obs, x, r, t)[:, 0] / steps
-        x = x - mfpo_flow(agent.actor, obs, x, r, t) / steps
+        x = x - mfpo_flow(agent.slow_actor, obs, x, r, t) / steps
     return x.detach(), log_prob.detach()
 
 
@@ -478,7 +479,7 @@ def map_loss(before, after, obs, x):
     for i in range(steps):
         t = 1 - i / steps
         r = t - 1 / steps if before.args.meanflow else t
-        move = functools.partial(mfpo_step, after.actor, obs, x, r, t, steps)
+        move = functools.partial(mfpo_step, after.slow_actor, obs, x, r, t, steps)
         columns = [slope(lambda h, e=e, move=move: move(h * e)) for e in torch.eye(x.shape[1])]
         goal = -steps * torch.linalg.det(torch.stack(columns, -1)).abs().log()
         loss += ((mfpo_flow(before.divergence, obs, x, r, t)[:, 0] - goal) ** 2).mean() / steps
@@ -624,9 +625,10 @@ def mfpo_reference(before, after, batch):
     else:
         t, r = mfpo_times(args, size)
         x = (1 - t) * a_0 + t * torch.randn(size, d)
-        velocity = mfpo_flow(after.actor, obs, x, t, t).detach()
+        field = after.slow_actor
+        velocity = mfpo_flow(field, obs, x, t, t).detach()
         probes = torch.randn(args.divergence_probes, size, d)
-        products = [(e * slope(lambda h, e=e: mfpo_flow(after.actor, obs, x + h * e, t, t))).sum(-1) for e in probes]
+        products = [(e * slope(lambda h, e=e: mfpo_flow(field, obs, x + h * e, t, t))).sum(-1) for e in probes]
         divergence = (sum(products) / len(products))[:, None]
         divergence_loss = mfpo_regression(before.divergence, obs, x, r, t, velocity, divergence)
     gradients["divergence_optimizer"] = gradient(divergence_loss, before.divergence.parameters())
@@ -650,6 +652,8 @@ MFPO_FLAGS = [
     {"critic": "mean", "clipped_double_q": False, "sampling_steps": 3, "meanflow": False, "likelihood": "map"},
     {"critic": "crossq", "learning_rate": 0.01, "noised_actions": 2, "combination": "pooled"},
     {"critic": "crossq", "clipped_double_q": False, "policy_batch_size": 5, "likelihood": "map"},
+    {"policy_tau": 0.3},
+    {"policy_tau": 0.2, "critic": "crossq", "likelihood": "map", "learning_rate": 0.01},
 ]
 
 
@@ -662,6 +666,8 @@ def test_mfpo(flags, action_dim):
     rates = {f"{name}_optimizer": agent.args.learning_rate for name in names}
     settle(agent)
     slow = {} if agent.crossq else {f"qf{i}_target": (f"qf{i}", agent.args.tau) for i in (1, 2)}
+    if agent.args.policy_tau < 1:
+        slow["slow_actor"] = ("actor", agent.args.policy_tau)
     # The Gaussian's proposals are rounded to float32, and that may go either way.
     check_updates(agent, action_dim, mfpo_reference, rates, slow, tolerance=1e-6)
 
