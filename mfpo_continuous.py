@@ -487,8 +487,7 @@ class Agent(nn.Module):
                 output.bias.data = -2 * torch.log1p((self.atoms / args.critic_init_std) ** 2)
         # CrossQ has no target networks: its critics are their own targets.
         self.qf1_target, self.qf2_target = (qf if self.crossq else copy.deepcopy(qf) for qf in (self.qf1, self.qf2))
-        # The policy, wherever actions are sampled. `actor` is what learns.
-        self.slow_actor = copy.deepcopy(self.actor) if args.policy_tau < 1 else self.actor
+        self.slow_actor = copy.deepcopy(self.actor) if args.policy_tau < 1 else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.target_entropy = -args.rho * action_dim
         self.eval().to(device)  # batch renormalisation learns in the critics' update alone
@@ -513,9 +512,14 @@ class Agent(nn.Module):
         q1, q2 = (self.q_mean(qf(obs, actions)) for qf in (qf1, qf2))
         return torch.minimum(q1, q2) if self.args.clipped_double_q else (q1 + q2) / 2
 
+    @property
+    def policy(self) -> MeanFlowNetwork:
+        """What samples all actions: `actor`, which learns, or its moving average (--policy-tau)."""
+        return self.actor if self.slow_actor is None else self.slow_actor
+
     def sampler(self, obs: torch.Tensor, noise: torch.Tensor):
         """`sample_flow` of the policy."""
-        return sample_flow(self.slow_actor, obs, noise, self.args.sampling_steps, self.args.meanflow)
+        return sample_flow(self.policy, obs, noise, self.args.sampling_steps, self.args.meanflow)
 
     def sample_with_log_prob(self, obs: torch.Tensor, noise: torch.Tensor):
         """Actions before clipping (..., d) and their log pi (...) by --likelihood; zeros where that is none."""
@@ -637,7 +641,7 @@ class Agent(nn.Module):
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
-        if self.args.policy_tau < 1:
+        if self.slow_actor is not None:
             with torch.no_grad():
                 slow, fast = [*self.slow_actor.parameters()], [*self.actor.parameters()]
                 torch._foreach_lerp_(slow, fast, self.args.policy_tau)
@@ -712,7 +716,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             x_t = (1 - t) * a_0 + t * torch.randn_like(a_0)
             probes = torch.randn(self.args.divergence_probes, *a_0.shape, device=obs.device)
-            v, div_v = hutchinson_divergence(lambda x: self.slow_actor(obs, x, t, t), x_t, probes)
+            v, div_v = hutchinson_divergence(lambda x: self.policy(obs, x, t, t), x_t, probes)
         delta = partial(self.divergence, obs)
         return meanflow_loss(delta, x_t=x_t, r=r, t=t, velocity=v, instantaneous=div_v).mean()
 
@@ -726,7 +730,7 @@ class Agent(nn.Module):
             noise = torch.randn(len(obs), self.action_dim, device=obs.device)
             x, r, t = map(torch.stack, zip(*self.sampler(obs, noise)[1], strict=True))  # (T, B, d), (T, 1), (T, 1)
             r, t = r[:, None], t[:, None]  # (T, 1, 1)
-            target = -steps * log_abs_det(lambda x: x - self.slow_actor(obs, x, r, t) / steps, x)
+            target = -steps * log_abs_det(lambda x: x - self.policy(obs, x, r, t) / steps, x)
         return ((self.divergence(obs, x, r, t).squeeze(-1) - target) ** 2).mean()
 
     @torch.no_grad()
@@ -739,7 +743,7 @@ class Agent(nn.Module):
         """
         noise = torch.randn(len(obs), self.action_dim, device=obs.device)
         actions, trajectory = self.sampler(obs, noise)
-        gap = actions - sample_flow(self.slow_actor, obs, noise, 64, meanflow=False)[0]
+        gap = actions - sample_flow(self.policy, obs, noise, 64, meanflow=False)[0]
         random_actions = 2 * torch.rand(len(obs), 64, self.action_dim, device=obs.device) - 1
         q = self.q_value(self.qf1, self.qf2, obs[:, None], random_actions)  # (B, 64)
         if self.args.critic == "c51":

@@ -100,7 +100,7 @@ def measure(agent, actor) -> dict[str, float]:
                 x = x - 0.5 / steps * actor(obs, x, t - 0.5 if steps == 1 else t, t)
         return x
 
-    agent.slow_actor = actor
+    agent.actor = actor
     return {
         "T = 2": total_variation(hybrid(1, 1)),
         "T = 4": total_variation(mfpo.sample_flow(actor, obs, noise, 4)[0]),

@@ -79,12 +79,14 @@ def measure(agent: mfpo.Agent, obs: torch.Tensor) -> dict[str, float]:
 def follow(run: Path, name: str, args: Args) -> list[dict]:
     """The rows of one variant, at five numbers of updates."""
     torch.manual_seed(args.seed)
-    agent, buffer = load_run(run, (VARIANTS[name] or {"policy_tau": 1.0}) | {"autotune": False})
+    agent, buffer = load_run(run, (VARIANTS[name] or {}) | {"autotune": False})
     agent.qf1.requires_grad_(False), agent.qf2.requires_grad_(False)
     alpha = agent.log_alpha.detach().exp()
     learn = partial(agent.update_policy, alpha=alpha)
     if VARIANTS[name] is None:
         learn = partial(ascend, agent)
+        agent.actor.load_state_dict(agent.policy.state_dict())
+        agent.slow_actor = None
         agent.actor_optimizer.state.clear()  # it has the scale of another loss
     last = buffer.added - 1 - torch.randint(0, min(buffer.added, 5_000), (48,))
     obs, rows, made, seconds = buffer.rings["obs"][last % buffer.num_rows, 0], [], 0, 0.0

@@ -50,7 +50,7 @@ def log_probs(agent: mfpo.Agent, obs: torch.Tensor, noise: torch.Tensor) -> dict
         result["network"] = agent.sample_with_log_prob(obs, noise)[1]
 
     def field(noise):
-        return mfpo.sample_flow(agent.slow_actor, obs, noise, FIELD_STEPS, meanflow=False)[0]
+        return mfpo.sample_flow(agent.policy, obs, noise, FIELD_STEPS, meanflow=False)[0]
 
     result["field"] = mfpo.exact_log_prob(field, noise)
     result["map"] = mfpo.exact_log_prob(lambda noise: agent.sampler(obs, noise)[0], noise)
@@ -64,7 +64,7 @@ def series(agent: mfpo.Agent, obs: torch.Tensor, noise: torch.Tensor) -> list[di
     for x, r, t in agent.sampler(obs, noise)[1]:
 
         def shift(x, obs, r=r, t=t):
-            return agent.slow_actor(obs, x, r, t) / agent.args.sampling_steps
+            return agent.policy(obs, x, r, t) / agent.args.sampling_steps
 
         a = torch.func.vmap(torch.func.jacfwd(shift))(x, obs)  # (B, d, d)
         radius = torch.linalg.eigvals(a).abs().amax(-1)

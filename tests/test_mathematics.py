@@ -321,7 +321,7 @@ def test_the_log_probs_that_likelihood_py_compares_in_closed_form():
             return torch.full_like(x[:, :1], delta)
 
     agent = agent_with(sampling_steps=steps)
-    agent.slow_actor, agent.divergence = Linear(), Constant()
+    agent.actor, agent.divergence = Linear(), Constant()
     noise = torch.randn(30, 2)
     normal = torch.from_numpy(scipy.stats.norm.logpdf(noise).sum(-1)).float()
     logs = log_probs(agent, torch.zeros(30, 3), noise)

@@ -447,7 +447,7 @@ def mfpo_sample(agent, obs, x):
         t = 1 - i / steps
         r = t - 1 / steps if agent.args.meanflow else t
         log_prob = log_prob + mfpo_flow(agent.divergence, obs, x, r, t)[:, 0] / steps
-        x = x - mfpo_flow(agent.slow_actor, obs, x, r, t) / steps
+        x = x - mfpo_flow(agent.slow_actor or agent.actor, obs, x, r, t) / steps
     return x.detach(), log_prob.detach()
 
 
@@ -479,7 +479,7 @@ def map_loss(before, after, obs, x):
     for i in range(steps):
         t = 1 - i / steps
         r = t - 1 / steps if before.args.meanflow else t
-        move = functools.partial(mfpo_step, after.slow_actor, obs, x, r, t, steps)
+        move = functools.partial(mfpo_step, after.slow_actor or after.actor, obs, x, r, t, steps)
         columns = [slope(lambda h, e=e, move=move: move(h * e)) for e in torch.eye(x.shape[1])]
         goal = -steps * torch.linalg.det(torch.stack(columns, -1)).abs().log()
         loss += ((mfpo_flow(before.divergence, obs, x, r, t)[:, 0] - goal) ** 2).mean() / steps
@@ -625,7 +625,7 @@ def mfpo_reference(before, after, batch):
     else:
         t, r = mfpo_times(args, size)
         x = (1 - t) * a_0 + t * torch.randn(size, d)
-        field = after.slow_actor
+        field = after.slow_actor or after.actor
         velocity = mfpo_flow(field, obs, x, t, t).detach()
         probes = torch.randn(args.divergence_probes, size, d)
         products = [(e * slope(lambda h, e=e: mfpo_flow(field, obs, x + h * e, t, t))).sum(-1) for e in probes]
