@@ -2,7 +2,7 @@
 # MFPO where two cores must do. Fewer states instead of fewer proposals, a likelihood of the sampler's own steps, and times
 # that are uniform. The quantile recipe has quantile critics, too. The recipe has CrossQ's critics, a higher learning rate,
 # 8 noised actions per state and a fixed temperature. First what each part of the quantile recipe does; then both on five
-# tasks, and the recipe with a learned temperature.
+# tasks, and the recipe with a moving average of the policy, and with a learned temperature.
 #     bash benchmark/mfpo_recipe.sh         SEEDS="1 2" for more in the second part; restarted, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-quantile-recipe --
     --out benchmark/results/ablations/mfpo_parts
 
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_recipes --seeds "${seeds[@]}")
-"${sweep[@]}" --scripts "mfpo-recipe: $recipe" \
+"${sweep[@]}" --scripts "mfpo-recipe: $recipe" "mfpo-policy-tau: $recipe --policy-tau 0.05" \
     --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
 sweep+=(--scripts "mfpo-quantile-recipe: $quantile_recipe" "mfpo-learned-alpha: $learned_alpha")
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
