@@ -1278,6 +1278,7 @@ LIMITS = {"seed": (0, 2**32 - 1), "gamma": (0, 1 - 1e-6), "tau": (1e-30, 1)}  # 
 LIMITS |= {name: (0, 1e30) for name in ("learning_starts", "eval_frequency", "checkpoint_frequency")}
 LIMITS |= {name: (-1e30, 1e30) for name in ("rho", "v_min", "v_max")} | {"data_proportion": (0, 0.999)}
 LIMITS |= {"diagnostics_frequency": (0, 1e30), "num_atoms": (2, 1e30), "critic_init_std": (1e-6, 1e30)}
+LIMITS |= {"policy_tau": (1e-30, 1)}
 CONFLICTS = {  # what is wrong with the flags, and a function of them that is true where it is
     "--v-min must be below --v-max": lambda args: args.v_min >= args.v_max,
     "--critic-init-std is for --critic c51; leave it out": lambda args: args.critic_init_std and args.critic != "c51",

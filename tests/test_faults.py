@@ -855,6 +855,8 @@ OWN_BAD_LINES = {
 --num-atoms 1 | --num-atoms is 1
 --learning-rate nan | --learning-rate is nan
 --data-proportion 1 | --data-proportion is 1
+--policy-tau 0 | --policy-tau is 0
+--policy-tau 1.5 | --policy-tau is 1.5
 --rho nan | --rho is nan
 --v-max inf | --v-max is inf
 --v-min -1e300 | --v-min is -1e+300
@@ -880,6 +882,7 @@ OWN_BAD_LINES = {
 --kl-coef -1 | --kl-coef is -1
 --meanflow-coef inf | --meanflow-coef is inf
 --policy-tau 0 | --policy-tau is 0
+--policy-tau 1.5 | --policy-tau is 1.5
 --data-proportion 1.1 | --data-proportion is 1.1
 """,
 }
@@ -893,7 +896,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 23, "smfp_continuous": 9}[script]
+    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 25, "smfp_continuous": 10}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))
