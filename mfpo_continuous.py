@@ -643,8 +643,7 @@ class Agent(nn.Module):
         self.actor_optimizer.step()
         if self.slow_actor is not None:
             with torch.no_grad():
-                slow, fast = [*self.slow_actor.parameters()], [*self.actor.parameters()]
-                torch._foreach_lerp_(slow, fast, self.args.policy_tau)
+                torch._foreach_lerp_([*self.slow_actor.parameters()], [*self.actor.parameters()], self.args.policy_tau)
 
         metrics = {
             "losses/actor_loss": actor_loss,

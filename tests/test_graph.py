@@ -18,7 +18,10 @@ CASES = [
     ("mfpo_continuous", {"policy_proposals": 4, "gaussian_proposals": 4}),
     ("mfpo_continuous", {"policy_proposals": 2, "gaussian_proposals": 2, "likelihood": "exact", "critic": "mean"}),
     ("mfpo_continuous", {"likelihood": "map", "critic": "quantile", "num_atoms": 5, "policy_batch_size": 4}),
-    ("mfpo_continuous", {"critic": "crossq", "noised_actions": 4, "combination": "pooled", "policy_tau": 0.05}),
+    (
+        "mfpo_continuous",
+        {"critic": "crossq", "noised_actions": 4, "gaussian_proposals": 2, "combination": "pooled", "policy_tau": 0.05},
+    ),
     ("smfp_continuous", {"critic": "sac", "autotune": True}),
     ("smfp_continuous", {"critic": "crossq", "target_candidates": 2, "behavior_candidates": 4}),
 ]
