@@ -28,8 +28,7 @@ RESULTS = ROOT / "benchmark/results"
 TASKS = ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
 STEP = 100_000  # of the table; the curves end there
 OURS = {  # method: the exp_names of its runs in each file
-    "MFPO": {"mfpo_crossq_alpha.csv": ("mfpo-crossq-alpha",)},
-    "MFPO, averaged policy": {"mfpo_policy_tau.csv": ("mfpo-policy-tau",)},
+    "MFPO": {"mfpo_policy_tau.csv": ("mfpo-policy-tau",)},
     "SMFP": {"smfp_policy_lr.csv": ("smfp-policy-lr-1e-3",)},
     "SAC, CrossQ's critics": {f"sac_crossq{i}.csv": ("sac-crossq-alpha0.1",) for i in "23"},
     "SAC": {"mujoco_cpu.csv": ("sac",), "mujoco_cpu2.csv": ("sac",)},

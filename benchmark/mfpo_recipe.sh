@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # MFPO where two cores must do. Fewer states instead of fewer proposals, a likelihood of the sampler's own steps, and times
 # that are uniform. The quantile recipe has quantile critics, too. The recipe has CrossQ's critics, a higher learning rate,
-# 8 noised actions per state and a fixed temperature. First what each part of the quantile recipe does; then both on five
-# tasks, and the recipe with a moving average of the policy, and with a learned temperature.
+# a moving average of the policy, 8 noised actions per state and a fixed temperature. First what each part of the quantile
+# recipe does; then both on five tasks, and the recipe without the moving average, with fixed and learned temperature.
 #     bash benchmark/mfpo_recipe.sh         SEEDS="1 2" for more in the second part; restarted, it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,8 @@ quantile="--critic quantile --num-atoms 25" # 101 quantiles cost as much as the 
 quantile_recipe="$few --likelihood map $quantile"
 noised8="--noised-actions 8 --gaussian-proposals 4 --combination pooled" # as many actions in an update
 learned_alpha="$few --likelihood map --critic crossq --learning-rate 1e-3 $noised8"
-recipe="$learned_alpha --no-autotune --alpha 0.1"
+no_average="$learned_alpha --no-autotune --alpha 0.1"
+recipe="$no_average --policy-tau 0.05"
 flags=(-- --learning-starts 5000 --eval-frequency 5000 --compile --total-timesteps)
 also=(diagnostics/q_std diagnostics/adn_log_prob_bias diagnostics/adn_log_prob_error diagnostics/entropy losses/alpha
     diagnostics/ess_policy diagnostics/ess_gaussian)
@@ -33,7 +34,7 @@ python benchmark/report.py runs/mfpo_parts/* --normalize mfpo-quantile-recipe --
     --out benchmark/results/ablations/mfpo_parts
 
 sweep=(python benchmark/sweep.py --runs-dir runs/mfpo_recipes --seeds "${seeds[@]}")
-"${sweep[@]}" --scripts "mfpo-recipe: $recipe" "mfpo-policy-tau: $recipe --policy-tau 0.05" \
+"${sweep[@]}" --scripts "mfpo-recipe: $recipe" "mfpo-no-average: $no_average" \
     --env-ids HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
 sweep+=(--scripts "mfpo-quantile-recipe: $quantile_recipe" "mfpo-learned-alpha: $learned_alpha")
 "${sweep[@]}" --env-ids Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4 "${flags[@]}" 100000
