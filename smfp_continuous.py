@@ -12,9 +12,9 @@ Paper: https://arxiv.org/abs/2605.21282 (MeanFlow: 2505.13447).
 
     python smfp_continuous.py --env-id Hopper-v4 --seed 1
     python smfp_continuous.py --env-id HalfCheetah-v4 --critic sac
-    python smfp_continuous.py --evaluate runs/<run>/model.pt --eval-episodes 20
+    python smfp_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
 
-The paper's text is not public to us. Its abstract, scattered facts and its authors' plot data (the repository
+We have not seen the paper's text. Its abstract, scattered facts and its authors' plot data (the repository
 voodooing/Issue-Plot) say: an action takes one evaluation of the network; one loss joins SAC's, with the log-probability
 of one Gaussian, and a weighted MeanFlow regression that mirror descent re-weights; entropy and a KL to the previous
 policy regularise it; the critics are CrossQ's, the smaller of two; the temperature is fixed per task; exploration plays
@@ -653,14 +653,15 @@ def train(args: Args) -> int:
             eval_envs[0] = gym.wrappers.RecordVideo(eval_envs[0], videos, lambda episode: True)
 
         def score() -> None:
-            """Evaluate. If a signal stops it, a resumed run begins with it."""
-            run.unscored, seed = True, derive_seed(args.seed, run.global_step, 0)
+            """Evaluate. If a signal or an exception stops it, a resumed run begins with it."""
+            scalars, seed = {}, derive_seed(args.seed, run.global_step, 0)
             for tag, policy in (("eval", play), ("eval_exploring", act)):
                 scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
                 if scores is None:
                     return
-                run.log({f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()})
+                scalars |= {f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()}
                 say(f"step {run.global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
+            run.log(scalars)
             run.unscored = False
 
         if run.unscored:
@@ -684,6 +685,7 @@ def train(args: Args) -> int:
             next_obs, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminations=terminations, next_obs=next_obs)
             run.global_step, obs = global_step, next_obs
+            run.unscored = len(eval_envs) > 0 and (run.due(args.eval_frequency) or run.complete)
             returns, lengths = returns + rewards, lengths + 1
             ended = np.flatnonzero(terminations | truncations)
             if len(ended):  # the mean of several, because TensorBoard shows one row per step
@@ -697,7 +699,7 @@ def train(args: Args) -> int:
             if scalars and run.due(args.diagnostics_frequency):
                 with seeded(derive_seed(args.seed, global_step, 2), device):
                     run.log(agent.diagnostics(buffer.sample(64)[0]))
-            if run.due(args.eval_frequency) or (run.complete and eval_envs):
+            if run.unscored:
                 score()
             if run.checkpoint_due(lengths.max()):
                 run.save()
@@ -722,7 +724,7 @@ class Run:
         self.args = replace(args, resume=None)  # as its files keep them: they do not say where the run was resumed
         self.agent, self.buffer = agent, buffer
         self.global_step, self.num_updates = 0, 0
-        self.unscored = False  # whether an evaluation has begun and not ended; checkpoints hold all three
+        self.unscored = False  # whether an evaluation is due and has not ended; checkpoints hold all three
         self.metrics = {}  # the latest scalars of the updates since the last checkpoint
         self.saved_step = None  # of the last checkpoint
         self.exit_code = 0  # or 128 + the number of the signal that has asked the run to stop

@@ -83,6 +83,8 @@ class Walk(gym.Env):
                     stall()
                 case "StallInEvaluation-v0" if self.resets == 3:  # in the training environment it is the fourth
                     stall()
+                case "StallInExploring-v0" if self.resets == 4:  # and here the fifth
+                    stall()
         return obs, reward, False, self.length == self.max_length, {}
 
 
@@ -139,7 +141,7 @@ gym.register("Endless-v0", Walk, kwargs={"length": -1})
 gym.register("Long-v0", Walk, kwargs={"length": 100})
 for name in (*FAULTS, *NOT_FINITE):
     gym.register(name, Walk, kwargs={"fault": name, "when": 7 if name == "RaiseInReset-v0" else 130})
-for name, when in (("Stall-v0", 130), ("StallInEvaluation-v0", 50)):
+for name, when in (("Stall-v0", 130), ("StallInEvaluation-v0", 50), ("StallInExploring-v0", 70)):
     gym.register(name, Walk, kwargs={"fault": name, "when": when})
 BOXES = {
     "Point-v0": ([0, 0], [1, 0]),

@@ -166,11 +166,12 @@ def test_a_signal_during_an_evaluation_stops_it_and_leaves_a_checkpoint(tmp_path
     assert checkpoint(tmp_path)["global_step"] == 220
 
 
-def test_a_resumed_run_makes_up_for_the_last_evaluation_that_a_signal_stopped(tmp_path):
-    line = flags("sac_continuous", "StallInEvaluation-v0", 220, 40, "--save-model")
+@pytest.mark.parametrize("env_id", ["StallInEvaluation-v0", "StallInExploring-v0"])
+def test_a_resumed_run_makes_up_for_the_last_evaluation_that_a_signal_stopped(env_id, tmp_path):
+    line = flags("sac_continuous", env_id, 220, 40, "--save-model")
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir(), disturbed.mkdir()
-    running = stalled(disturbed, "StallInEvaluation-v0", 220, 40, "--save-model")
+    running = stalled(disturbed, env_id, 220, 40, "--save-model")
     running.terminate()
     out, _ = running.communicate()
     assert running.exitcode == 143 and out.splitlines()[-1].startswith("stopped at step 220; from step 220: python")
@@ -180,6 +181,16 @@ def test_a_resumed_run_makes_up_for_the_last_evaluation_that_a_signal_stopped(tm
     assert run_program("sac_continuous", undisturbed, *line).returncode == 0
     assert_equal_runs(only_run(undisturbed), only_run(disturbed))
     assert [step for step, _ in scalars(only_run(disturbed))["eval_exploring/episodic_return"]] == [110, 220]
+
+
+def test_a_resumed_run_makes_up_for_the_last_evaluation_if_an_exception_came_before_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="the simulator lost its mind"):  # the seventh reset ends the last episode
+        sac.train(sac.parse_args(flags(env_id="RaiseInReset-v0", steps=120, every=0)))
+    assert checkpoint(tmp_path)["global_step"] == 120 and checkpoint(tmp_path)["unscored"]
+    assert sac.train(sac.parse_args(["--resume", f"runs/{only_run(tmp_path).name}"])) == 0
+    for tag in ("eval", "eval_exploring"):
+        assert [step for step, _ in scalars(only_run(tmp_path))[f"{tag}/episodic_return"]] == [110, 120]
 
 
 def test_no_step_is_made_before_an_evaluation_that_is_left(tmp_path, monkeypatch, capsys):
