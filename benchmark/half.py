@@ -1,9 +1,9 @@
-"""A trained policy in half the bytes: the weights of a model.pt rounded to half precision.
+"""A trained policy in half the bytes: the weights of a model.pt or checkpoint.pt rounded to half precision.
 
     python benchmark/half.py runs/<run>/model.pt benchmark/weights/<name>.pt
 
-`--evaluate` plays it as before; PyTorch widens the weights as it loads them. Rounding changes an action by about a part
-in a thousand, so evaluate both files before you publish one.
+Nothing but weights and arguments is kept. `--evaluate` plays them as before; PyTorch widens the weights as it loads
+them. Rounding changes an action by about a part in a thousand, so evaluate both files before you publish one.
 """
 
 from pathlib import Path
@@ -32,8 +32,8 @@ def half(agent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main(model: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional]) -> None:
-    saved = torch.load(model, weights_only=True)
-    torch.save(saved | {"agent": half(saved["agent"])}, out)
+    saved = torch.load(model, map_location="cpu", weights_only=True)
+    torch.save({"args": saved["args"], "agent": half(saved["agent"])}, out)
     print(f"{model}: {model.stat().st_size / 1e6:.2f} MB, {out}: {out.stat().st_size / 1e6:.2f} MB")
 
 

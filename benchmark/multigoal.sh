@@ -7,6 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra seeds <<< "${SEEDS:-1}"
 mfpo="mfpo_continuous --policy-batch-size 64 --v-min -50 --v-max 5"
+recipe="mfpo_continuous --policy-batch-size 64 --policy-frequency 2 --likelihood map --critic crossq --learning-rate 1e-3 \
+    --policy-tau 0.05 --noised-actions 8 --gaussian-proposals 4 --combination pooled --time-distribution uniform \
+    --data-proportion 0.25"
 python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 tests.multigoal:UnequalGoals-v0 \
     --seeds "${seeds[@]}" --runs-dir runs/multigoal --scripts \
     "sac: sac_continuous" \
@@ -18,6 +21,7 @@ python benchmark/sweep.py --env-ids tests.multigoal:MultiGoal-v0 tests.multigoal
     "mfpo-map: $mfpo --likelihood map" \
     "mfpo-exact: $mfpo --likelihood exact" \
     "mfpo-exact-pooled: $mfpo --likelihood exact --combination pooled" \
+    "mfpo-recipe-alpha1: $recipe" \
     -- --no-autotune --alpha 1 --learning-starts 500 --total-timesteps 20500 --eval-frequency 0 --checkpoint-frequency 0 \
     --compile
 for task in MultiGoal UnequalGoals; do

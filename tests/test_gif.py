@@ -64,14 +64,15 @@ def test_crop_keeps_the_lower_middle_and_the_proportions(size, part):
 
 
 def test_half_precision_is_numpys_and_the_script_plays_it(model, tmp_path, capsys):
-    half.main(model, tmp_path / "half.pt")
+    torch.save(torch.load(model, weights_only=True) | {"global_step": 7}, tmp_path / "checkpoint.pt")
+    half.main(tmp_path / "checkpoint.pt", tmp_path / "half.pt")
     size, half_size = (float(word) for word in re.findall(r"([0-9.]+) MB", capsys.readouterr().out))
     weights = torch.load(model, weights_only=True)["agent"]
     # By address: CrossQ's critics are their own targets.
     floats = {x.data_ptr(): x.numel() for x in weights.values() if x.is_floating_point()}
     assert size - half_size == pytest.approx(2e-6 * sum(floats.values()), abs=0.02)
     saved, args = smfp_continuous.load_file(str(tmp_path / "half.pt"), "the file")
-    assert args.env_id == "InvertedPendulum-v4"
+    assert args.env_id == "InvertedPendulum-v4" and saved.keys() == {"args", "agent"}
     agent = smfp_continuous.Agent(4, 1, args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
     for name, value in weights.items():
