@@ -11,7 +11,7 @@ Paper: https://arxiv.org/abs/2604.14698 (MeanFlow: 2505.13447).
 
     python mfpo_continuous.py --env-id Hopper-v4 --seed 1
     python mfpo_continuous.py --env-id HalfCheetah-v4 --no-clipped-double-q
-    python mfpo_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
+    python mfpo_continuous.py --evaluate runs/<run>/checkpoint.pt
 
 The defaults are the paper's. The README links to a recipe that learns sooner, in a third of the time per step.
 

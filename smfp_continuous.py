@@ -12,7 +12,7 @@ Paper: https://arxiv.org/abs/2605.21282 (MeanFlow: 2505.13447).
 
     python smfp_continuous.py --env-id Hopper-v4 --seed 1
     python smfp_continuous.py --env-id HalfCheetah-v4 --critic sac
-    python smfp_continuous.py --evaluate runs/<run>/checkpoint.pt --eval-episodes 20
+    python smfp_continuous.py --evaluate runs/<run>/checkpoint.pt
 
 We have not seen the paper's text. Its abstract, scattered facts and its authors' plot data (the repository
 voodooing/Issue-Plot) say: an action takes one evaluation of the network; one loss joins SAC's, with the log-probability
