@@ -857,6 +857,10 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     if args.resume is not None and args.evaluate is not None:
         fail("--resume goes on with a run and --evaluate plays one; leave one of them out")
+    if args.resume is not None and Path(args.resume).is_file():
+        fail(f"--resume {args.resume} is a file; name its folder, {Path(args.resume).parent}")
+    if args.evaluate is not None and Path(args.evaluate).is_dir():
+        fail(f"--evaluate {args.evaluate} is a folder; name the model.pt or checkpoint.pt in it")
     if args.resume is not None and default is None:
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
     if args.evaluate is not None and default is None:

@@ -841,7 +841,7 @@ BAD_LINES = """
 --diagnostics-frequency -1 | --diagnostics-frequency is -1
 --checkpoint-frequency -1 | --checkpoint-frequency is -1
 --evaluate missing.pt | --evaluate missing.pt cannot be used: FileNotFoundError
---evaluate . | --evaluate . cannot be used: IsADirectoryError
+--evaluate . | --evaluate . is a folder; name the model.pt or checkpoint.pt in it
 --evaluate '' | --evaluate
 --resume missing | --resume missing/checkpoint.pt cannot be used: FileNotFoundError
 --resume . | --resume checkpoint.pt cannot be used: FileNotFoundError
@@ -851,6 +851,8 @@ BAD_LINES = """
 extra | extra
 --sed 3 | Perhaps you meant
 """
+
+BAD_LINES += f"--resume {shlex.quote(__file__)} | is a file; name its folder, {Path(__file__).parent}\n"
 
 OWN_BAD_LINES = {
     "sac_continuous": """
@@ -907,7 +909,7 @@ def test_bad_command_lines(script, tmp_path, monkeypatch, capsys):
     module = importlib.import_module(script)
     shared = BAD_LINES if script == "sac_continuous" else ""
     cases = [line.rsplit(" | ", 1) for line in (shared + OWN_BAD_LINES[script]).splitlines() if line]
-    assert len(cases) == {"sac_continuous": 59, "mfpo_continuous": 25, "smfp_continuous": 10}[script]
+    assert len(cases) == {"sac_continuous": 60, "mfpo_continuous": 25, "smfp_continuous": 10}[script]
     for line, message in cases:
         with pytest.raises(SystemExit) as stop:
             args = module.parse_args(shlex.split(line))
