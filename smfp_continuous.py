@@ -654,14 +654,14 @@ def train(args: Args) -> int:
 
         def score() -> None:
             """Evaluate. If a signal or an exception stops it, a resumed run begins with it."""
-            scalars, seed = {}, derive_seed(args.seed, run.global_step, 0)
+            results, seed = {}, derive_seed(args.seed, run.global_step, 0)
             for tag, policy in (("eval", play), ("eval_exploring", act)):
                 scores = evaluate(policy, eval_envs, seed, device, args.eval_max_steps, run.stop_requested)
                 if scores is None:
                     return
-                scalars |= {f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()}
+                results |= {f"{tag}/episodic_return": scores.mean(), f"{tag}/episodic_return_std": scores.std()}
                 say(f"step {run.global_step}: {tag} return {scores.mean():.1f} +- {scores.std():.1f}")
-            run.log(scalars)
+            run.log(results)
             run.unscored = False
 
         if run.unscored:
@@ -685,7 +685,7 @@ def train(args: Args) -> int:
             next_obs, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminations=terminations, next_obs=next_obs)
             run.global_step, obs = global_step, next_obs
-            run.unscored = len(eval_envs) > 0 and (run.due(args.eval_frequency) or run.complete)
+            run.unscored = args.eval_frequency > 0 and (run.due(args.eval_frequency) or run.complete)
             returns, lengths = returns + rewards, lengths + 1
             ended = np.flatnonzero(terminations | truncations)
             if len(ended):  # the mean of several, because TensorBoard shows one row per step
@@ -1063,13 +1063,13 @@ def parse_args(line: list[str] | None = None, default: Args | None = None) -> Ar
     args = Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     if args.resume is not None and args.evaluate is not None:
         fail("--resume goes on with a run and --evaluate plays one; leave one of them out")
-    if args.resume is not None and Path(args.resume).is_file():
-        fail(f"--resume {args.resume} is a file; name its folder, {Path(args.resume).parent}")
-    if args.evaluate is not None and Path(args.evaluate).is_dir():
-        fail(f"--evaluate {args.evaluate} is a folder; name the model.pt or checkpoint.pt in it")
     if args.resume is not None and default is None:
+        if Path(args.resume).is_file():
+            fail(f"--resume {args.resume} is a file; name its folder, {Path(args.resume).parent}")
         return parse_args(line, load_file(Path(args.resume, "checkpoint.pt"), "--resume")[1])
     if args.evaluate is not None and default is None:
+        if Path(args.evaluate).is_dir():
+            fail(f"--evaluate {args.evaluate} is a folder; name the model.pt or checkpoint.pt in it")
         saved = load_file(args.evaluate, "--evaluate")[1]
         return parse_args(line, replace(saved, resume=None, track=False, capture_video=False))
     if (args.resume or args.evaluate) and args.critic != default.critic:
